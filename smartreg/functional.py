@@ -1,0 +1,129 @@
+"""`smoothness_penalty`: the regularizer as a function of embeddings, pixels or audio."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smartreg.divergences import Divergence, resolve_divergence
+from smartreg.loss_scale import LossScale
+from smartreg.output import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
+from smartreg.replay import RandomState
+from smartreg.search import Noise, search, starting_noise, surround
+from smartreg.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings
+from smartreg.smart import SmartOutput
+
+
+def smoothness_penalty(
+    fn: Callable[[Tensor], Any],
+    embeds: Tensor,
+    *,
+    reference: Any = None,
+    mask: Tensor | None = None,
+    noise: Noise = None,
+    divergence: str | Divergence = "symmetric_kl",
+    epsilon: float = 0.15,
+    step_size: float = 0.15,
+    noise_std: float = 0.15,
+    steps: int = 1,
+    norm: str | float = "inf",
+    norm_over: NormOver = "example",
+    epsilon_scale: EpsilonScale = "rms",
+    ascent: Ascent = "projected",
+    dropout: Dropout = "shared",
+    detach_reference: bool = False,
+    output_to_logits: OutputToLogits | None = None,
+    generator: torch.Generator | None = None,
+) -> SmartOutput:
+    r"""R_s of a function of embeddings, for those who hold the embeddings (or pixels, or audio) in their hands.
+
+    \[ R_s = \frac1n \sum_i \max_{\|\tilde x_i - x_i\|_p \le \epsilon} \ell_s(f(\tilde x_i), f(x_i)) \]
+
+    Args:
+        fn: f, run several times; its only randomness is torch's on the CPU and the device of `embeds`. Buffers that it
+            writes are not restored (`SmartLoss` restores those of its model).
+        embeds: x, (batch, ..., feature), the first dimension being the example; may carry a graph.
+        reference: What `fn(embeds)` returned, if the caller has run it; made under other dropout masks than the
+            perturbed passes can have, so that it needs `dropout="independent"`. None: the clean pass runs here.
+        mask: (batch, ...), 1 or True where `embeds` may be perturbed.
+        noise: ν, a tensor of the shape of `embeds`, or a function from `embeds` to it. None draws it.
+        divergence, epsilon, step_size, noise_std, steps, norm, norm_over, epsilon_scale, ascent, dropout,
+            detach_reference, output_to_logits, generator: as in `SmartLoss`, with the same defaults.
+
+    Returns:
+        `outputs`, the clean output, and `penalty`, a scalar.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong kind, shape or range.
+        RuntimeError: `steps` > 0 under `torch.inference_mode`, or the output does not depend on `embeds`.
+
+    Example:
+        >>> import torch
+        >>> from smartreg import smoothness_penalty
+        >>> pixels = torch.eye(2).reshape(2, 1, 2)
+        >>> outputs, penalty = smoothness_penalty(
+        ...     lambda x: 2 * x.sum(dim=1), pixels, noise=torch.full((2, 1, 2), 0.01), divergence="mse",
+        ...     epsilon=0.5, step_size=1.0, epsilon_scale="absolute",
+        ... )
+        >>> penalty  # every entry moves by 0.5, every output by 1
+        tensor(1.)
+
+    Reference:
+        Jiang et al., SMART, ACL 2020, doi 10.18653/v1/2020.acl-main.197, Algorithm 1.
+    """
+    if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
+        raise TypeError(
+            f"embeds must be a floating-point tensor, got {getattr(embeds, 'dtype', type(embeds).__name__)}"
+        )
+    if embeds.ndim < 2:
+        raise ValueError(f"embeds must be (batch, ..., feature), got shape {tuple(embeds.shape)}")
+    if reference is not None and dropout == "shared":
+        raise ValueError(
+            "a given reference was made under other dropout masks than the perturbed passes see: pass "
+            'dropout="independent" (with no dropout in fn they are the same), or leave reference out'
+        )
+    check_output_to_logits(output_to_logits)
+    settings = SmartSettings.checked(
+        epsilon=epsilon,
+        step_size=step_size,
+        noise_std=noise_std,
+        steps=steps,
+        norm=norm,
+        norm_over=norm_over,
+        epsilon_scale=epsilon_scale,
+        ascent=ascent,
+        dropout=dropout,
+        detach_reference=detach_reference,
+        ascent_autocast=True,
+    )
+    if torch.is_inference_mode_enabled() and steps:
+        raise RuntimeError(
+            "the ascent needs gradients, which torch.inference_mode forbids: use torch.no_grad, or steps=0"
+        )
+    resolved = resolve_divergence(divergence)
+    random = RandomState([embeds.device])
+
+    @contextlib.contextmanager
+    def run(perturbations: Sequence[Tensor], *, attached: bool = False) -> Iterator[tuple[Tensor, ...]]:
+        base = embeds if attached else embeds.detach()
+        with random.replayed() if dropout == "shared" else contextlib.nullcontext():
+            perturbed = (base + perturbations[0]).to(base.dtype)
+            yield compared_tensors(fn(perturbed), output_to_logits)
+
+    outputs = fn(embeds) if reference is None else reference
+    clean = compared_tensors(outputs, output_to_logits)
+    fixed = tuple(tensor.detach() for tensor in clean)
+    neighbourhoods = surround([embeds.detach()], mask, settings)
+    start = starting_noise(neighbourhoods, noise, generator)
+    autocast_dtype = (
+        torch.get_autocast_dtype(embeds.device.type) if torch.is_autocast_enabled(embeds.device.type) else None
+    )
+    dtypes = [autocast_dtype, embeds.dtype, *(tensor.dtype for tensor in clean)]
+    found = search(neighbourhoods, start, run, fixed, resolved, LossScale(), dtypes)
+    with run(found.perturbations, attached=True) as perturbed:
+        penalty = divergence_of(resolved, perturbed, fixed if detach_reference else clean)
+    return SmartOutput(outputs, penalty)

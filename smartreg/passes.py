@@ -1,0 +1,194 @@
+"""The passes of one `SmartLoss` call through the model: the clean one, and its replays with a perturbation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from smartreg.embedding import EmbeddingPass, EmbeddingTap
+from smartreg.locate import is_compiled, unwrapped, without_ddp
+from smartreg.output import OutputToLogits, compared_tensors
+from smartreg.replay import ModuleState, RandomState, devices_of, frozen
+
+Forward = Callable[[nn.Module], Any]
+
+
+class ModelPasses:
+    """Runs `forward` as often as it takes, and leaves behind what one clean pass would have left.
+
+    Args:
+        model: the model as the user gave it, wrappers and all.
+        tap: the hooks on its embedding.
+        forward: the user's function.
+        output_to_logits: see `SmartLoss`.
+        shared_dropout: every pass starts from the random state of the clean one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tap: EmbeddingTap,
+        forward: Forward,
+        output_to_logits: OutputToLogits | None,
+        *,
+        shared_dropout: bool,
+    ) -> None:
+        self._model, self._tap, self._forward = model, tap, forward
+        self._output_to_logits = output_to_logits
+        self._shared_dropout = shared_dropout
+        self._inner = without_ddp(model)
+        self._module = unwrapped(model)
+        self._random = RandomState(devices_of(self._module))
+        self._state = ModuleState(self._module)
+        self.record = EmbeddingPass()
+
+    def clean(self) -> tuple[Any, tuple[Tensor, ...]]:
+        """The clean pass, through the wrappers; returns its output and the tensors to compare."""
+        with self._tap.open(self.record), self._through_wrapper(self.record):
+            outputs = self._forward(self._model)
+        return outputs, self._settle(outputs)
+
+    def reference(self, *, autocast: bool = True) -> tuple[Tensor, ...]:
+        """The clean output alone, detached: the first pass of a call, or a replay of it, whose saved tensors are dropped.
+
+        In the user's grad mode all the same: some layers take another path, with other rounding, under `no_grad`.
+        """
+        first = self.record.lookups == 0
+        record = self.record if first else EmbeddingPass()
+        with contextlib.ExitStack() as stack:
+            if not first:
+                stack.enter_context(self._replayed())
+            stack.enter_context(self._tap.open(record))
+            stack.enter_context(self._around_wrapper())
+            stack.enter_context(self._autocast(autocast))
+            if not is_compiled(self._inner):  # compiled graphs free what they save with their output anyway
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_drop, _missing))
+            outputs = self._forward(self._inner)
+            logits = self._settle(outputs) if first else compared_tensors(outputs, self._output_to_logits)
+        if first:  # weights that autocast has cast in this pass carry its graph, which the next one must not meet
+            torch.clear_autocast_cache()
+        return tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in logits)
+
+    @contextlib.contextmanager
+    def perturbed(
+        self, perturbations: Sequence[Tensor], *, freeze: bool = False, autocast: bool = True
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """A pass with perturbed embeddings; inside the block its graph may be differentiated.
+
+        Args:
+            perturbations: one for each look-up.
+            freeze: no parameter requires a gradient in this block.
+            autocast: False switches the user's autocast off.
+        """
+        embedding_pass = EmbeddingPass(perturbations)
+        with self._replayed(), frozen(self._module) if freeze else contextlib.nullcontext():
+            with self._tap.open(embedding_pass), self._around_wrapper(), self._autocast(autocast):
+                logits = compared_tensors(self._forward(self._inner), self._output_to_logits)
+            if embedding_pass.lookups != len(perturbations):
+                raise RuntimeError(
+                    f"the perturbation reached {embedding_pass.lookups} embedding look-ups in a perturbed pass, "
+                    f"expected {len(perturbations)} as in the clean pass: forward must be repeatable"
+                    + self._compile_hint()
+                )
+            yield logits
+
+    def clean_again(self) -> tuple[Any, tuple[Tensor, ...]]:
+        """The clean pass once more, with its dropout masks, whose graph and attributes stay."""
+        record = EmbeddingPass()
+        with self._random.replayed(), self._state.replayed(keep_attributes=True):
+            with self._tap.open(record), self._through_wrapper(record):
+                outputs = self._forward(self._model)
+            return outputs, compared_tensors(outputs, self._output_to_logits)
+
+    def _settle(self, outputs: Any) -> tuple[Tensor, ...]:
+        """After the first clean pass: check that it was recorded, and keep what it made of the model."""
+        if not self.record.lookups:
+            raise RuntimeError(
+                "the perturbation cannot reach the model: forward never called the embedding that is perturbed. Check "
+                "that forward runs the module that it is given, and pass embedding= if that is not the layer"
+                + self._compile_hint()
+            )
+        logits = compared_tensors(outputs, self._output_to_logits)
+        self._state.keep_clean()
+        return logits
+
+    @contextlib.contextmanager
+    def _replayed(self) -> Iterator[None]:
+        random = self._random.replayed() if self._shared_dropout else contextlib.nullcontext()
+        with random, self._state.replayed():
+            yield
+
+    @contextlib.contextmanager
+    def _autocast(self, enabled: bool) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if not enabled:
+                for device_type in {e.device.type for e in self.record.embeddings}:
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
+            yield
+
+    @contextlib.contextmanager
+    def _through_wrapper(self, record: EmbeddingPass) -> Iterator[None]:
+        """Under DDP every look-up of the clean pass happens inside the wrapper, or gradients are not synchronised."""
+        if not isinstance(self._model, DistributedDataParallel):
+            yield
+            return
+        marks: list[int] = []
+        handles = [
+            self._model.register_forward_pre_hook(lambda *_: marks.append(record.lookups)),
+            self._model.register_forward_hook(lambda *_: marks.append(record.lookups)),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        inside = sum(marks[1::2]) - sum(marks[::2])
+        if inside != record.lookups:
+            raise RuntimeError(
+                f"under DistributedDataParallel forward must call the module that it is given, as m(...): "
+                f"{record.lookups - inside} of {record.lookups} embedding look-ups went around the wrapper, whose "
+                f"gradients would not be synchronised"
+            )
+
+    @contextlib.contextmanager
+    def _around_wrapper(self) -> Iterator[None]:
+        """A perturbed pass that ran through DDP would disturb its bookkeeping."""
+        if not isinstance(self._model, DistributedDataParallel):
+            yield
+            return
+        handle = self._model.register_forward_pre_hook(_refuse_wrapper)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _compile_hint(self) -> str:
+        if not is_compiled(self._inner):
+            return ""
+        return (
+            ". The model is compiled: one that was called before SmartLoss was made does not see the hook; call "
+            "torch._dynamo.reset() after making SmartLoss"
+        )
+
+
+def _refuse_wrapper(*_: Any) -> None:
+    raise RuntimeError(
+        "forward must run the module that it is given, got a call of the DistributedDataParallel wrapper in a pass "
+        "that goes around it: write lambda m: m(...)"
+    )
+
+
+def _drop(tensor: Tensor) -> None:
+    return None
+
+
+def _missing(_: None) -> Tensor:
+    raise RuntimeError(
+        "a graph of the reference pass was differentiated; with memory_efficient=True forward must not run a backward "
+        "of its own"
+    )

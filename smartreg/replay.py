@@ -1,0 +1,129 @@
+"""Run a pass again under the random state, buffers and attributes that the clean pass started from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ABSENT = object()
+
+
+class RandomState:
+    """The state of the CPU generator and of one generator for each accelerator in use."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self.devices = sorted({d for d in devices if _has_generator(d)}, key=str)
+        self._states = self._read()
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Start the block from this state, and leave the generators as they were before it."""
+        before = self._read()
+        self._write(self._states)
+        try:
+            yield
+        finally:
+            self._write(before)
+
+    def _read(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(_get_state(device) for device in self.devices)]
+
+    def _write(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(self.devices, states[1:], strict=True):
+            _set_state(device, state)
+
+
+class ModuleState:
+    """The buffers and plain attributes of a model, as the clean pass found and as it left them.
+
+    Buffer objects are swapped, never written: a graph that saved one may still need it, and others (such as
+    `DistributedDataParallel`) hold on to the objects. Every buffer is copied, since batch normalisation writes its
+    statistics without counting it in the version of the tensor.
+
+    Args:
+        model: the unwrapped model, before the clean pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._attributes = [dict(vars(module)) for module in self._modules]
+        self._buffers = [{name: _copy(buffer) for name, buffer in m._buffers.items()} for m in self._modules]
+        self.keep_clean()
+
+    def keep_clean(self) -> None:
+        """Call after the clean pass: what stands now is what the call leaves behind."""
+        self._left_attributes = [dict(vars(module)) for module in self._modules]
+        self._left_buffers = [dict(module._buffers) for module in self._modules]
+
+    @contextlib.contextmanager
+    def replayed(self, *, keep_attributes: bool = False) -> Iterator[None]:
+        """Start the block from the state before the clean pass, and end it with the state after.
+
+        Args:
+            keep_attributes: leave the attributes that the block assigns (they belong to the graph that lives on).
+        """
+        for module, attributes, buffers in zip(self._modules, self._attributes, self._buffers, strict=True):
+            _restore(vars(module), attributes)
+            _restore(module._buffers, {name: _copy(buffer) for name, buffer in buffers.items()})
+        try:
+            yield
+        finally:
+            for module, attributes, buffers in zip(
+                self._modules, self._left_attributes, self._left_buffers, strict=True
+            ):
+                if not keep_attributes:
+                    _restore(vars(module), attributes)
+                _restore(module._buffers, buffers)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient in this block, so that no pass saves anything for one."""
+    trainable = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Every device that holds a parameter or a buffer."""
+    return {t.device for t in model.parameters()} | {t.device for t in model.buffers()}
+
+
+def _restore(current: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in current.keys() - wanted.keys():
+        del current[name]
+    for name, value in wanted.items():
+        if current.get(name, _ABSENT) is not value:
+            current[name] = value
+
+
+def _copy(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None else buffer.detach().clone()
+
+
+def _has_generator(device: torch.device) -> bool:
+    return device.type not in ("cpu", "meta") and hasattr(torch.get_device_module(device), "get_rng_state")
+
+
+def _get_state(device: torch.device) -> Tensor:
+    module = torch.get_device_module(device)
+    state: Tensor = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+    return state
+
+
+def _set_state(device: torch.device, state: Tensor) -> None:
+    module = torch.get_device_module(device)
+    if device.type == "mps":  # one generator, no device argument
+        module.set_rng_state(state)
+    else:
+        module.set_rng_state(state, device)

@@ -1,0 +1,305 @@
+"""`SmartLoss`: the smoothness-inducing adversarial regularizer around any model."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from smartreg.divergences import Divergence, is_builtin, resolve_divergence
+from smartreg.embedding import EmbeddingTap
+from smartreg.errors import SmartWarning
+from smartreg.locate import input_embeddings, unwrapped
+from smartreg.loss_scale import LossScale
+from smartreg.output import OutputToLogits, check_output_to_logits, divergence_of
+from smartreg.passes import Forward, ModelPasses
+from smartreg.search import Found, Masks, Noise, search, starting_noise, surround
+from smartreg.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings
+from smartreg.stats import SmartStats
+from smartreg.stored_gradients import StoredGradients, graph_mark
+
+
+class SmartOutput(NamedTuple):
+    """What a regularized forward pass returns.
+
+    Attributes:
+        outputs: what `forward` returned in the clean pass, unchanged.
+        penalty: R_s(θ), a scalar in float32 at least, to be multiplied by λ_s and added to the task loss.
+    """
+
+    outputs: Any
+    penalty: Tensor
+
+
+class SmartLoss(nn.Module):
+    r"""Smoothness-inducing adversarial regularization of a model (SMART).
+
+    \[ R_s(\theta) = \frac1n \sum_i \max_{\|\tilde x_i - x_i\|_p \le \epsilon}
+       \ell_s(f(\tilde x_i; \theta), f(x_i; \theta)) \]
+
+    where \(x_i\) is the output of the model's input embedding for example i and \(\ell_s\) the divergence. The maximum
+    is sought from \(\tilde x_i = x_i + \nu_i\), \(\nu_i \sim N(0, \sigma^2 I)\), by `steps` steps
+
+    \[ \tilde x_i \leftarrow \Pi_{\epsilon}\big(\tilde x_i + \eta \, g_i / \|g_i\|_p\big), \qquad
+       g_i = \nabla_{\tilde x_i} \, \ell_s(f(\tilde x_i; \theta), f(x_i; \theta)). \]
+
+    Gradients reach θ through both outputs (and through x, whose perturbation is a constant), so that
+    `(loss + lambda_s * penalty).backward()` is all that a training loop adds. The model is not registered here, and a
+    call leaves nothing changed but the graph: gradients, flags, train or eval mode, buffers, attributes and random
+    state are as after one clean pass plus the draw of the noise. With dropout the passes share their masks, so a zero
+    perturbation has a penalty of exactly 0.
+
+    Args:
+        model: Any module, also wrapped in `DistributedDataParallel`, `torch.compile` or PEFT.
+        embedding: The module whose output is perturbed, or its dotted name. None: `model.get_input_embeddings()` and
+            every embedding module with the same weight. If it runs several times in one pass, each look-up has its own
+            perturbation.
+        divergence: ℓ_s, called as (perturbed, clean): a name, or a function of two tensors that returns a scalar.
+        epsilon: ε ≥ 0, radius of the ball. 0 means no perturbation, and no ascent.
+        step_size: η ≥ 0.
+        noise_std: σ ≥ 0.
+        steps: Ascent steps; 0 is random smoothing, with the projected noise as perturbation.
+        norm: p, `"inf"` or `"2"`, for normalisation and projection.
+        norm_over: `"example"`, one norm for a whole sentence, or `"token"`.
+        epsilon_scale: `"rms"`: `epsilon`, `step_size` and `noise_std` are multiples of the root mean square of that
+            example's unmasked embedding entries (for ε and η with norm 2, times the square root of the number of
+            entries under the norm). `"absolute"`: they are what they say.
+        ascent: `"projected"`, as above; `"normalized"`, what MT-DNN and smart-pytorch do:
+            δ ← (δ + η g) / (‖δ + η g‖_p + ε), whose norm is about 1 whatever ε says.
+        dropout: `"shared"`: the perturbed passes see the dropout masks of the clean one; `"independent"`: fresh masks.
+        detach_reference: No gradient through the clean output.
+        memory_efficient: The same values and gradients at the activation memory of one pass, for one more clean pass.
+        output_to_logits: From what `forward` returned to the tensor (or sequence of tensors, whose divergences are
+            summed) to compare. None: a tensor is itself; else `.logits` or `["logits"]`.
+        generator: Draws the noise, and nothing else. None: torch's own, on the device of the embeddings.
+        ascent_autocast: False runs the ascent with the user's autocast off, where half precision would drown a small ε.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong kind or out of range; no embedding can be found.
+        RuntimeError: `torch.compile(DistributedDataParallel(model))`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from smartreg import SmartLoss
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Dropout(0.1), nn.Linear(12, 2))
+        >>> smart = SmartLoss(model, embedding="0")
+        >>> ids, labels = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([0, 1])
+        >>> logits, penalty = smart(lambda m: m(ids))
+        >>> loss = nn.functional.cross_entropy(logits, labels) + 0.3 * penalty
+        >>> loss.backward()
+        >>> smart.stats.ascent_gain > 1
+        True
+
+    Reference:
+        Jiang et al., SMART, ACL 2020, doi 10.18653/v1/2020.acl-main.197, Algorithm 1.
+    """
+
+    stats: SmartStats | None
+    """Numbers of the last call; None before the first."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        embedding: nn.Module | str | None = None,
+        divergence: str | Divergence = "symmetric_kl",
+        epsilon: float = 0.15,
+        step_size: float = 0.15,
+        noise_std: float = 0.15,
+        steps: int = 1,
+        norm: str | float = "inf",
+        norm_over: NormOver = "example",
+        epsilon_scale: EpsilonScale = "rms",
+        ascent: Ascent = "projected",
+        dropout: Dropout = "shared",
+        detach_reference: bool = False,
+        memory_efficient: bool = False,
+        output_to_logits: OutputToLogits | None = None,
+        generator: torch.Generator | None = None,
+        ascent_autocast: bool = True,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(memory_efficient, bool):
+            raise TypeError(f"memory_efficient must be True or False, got {memory_efficient!r}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        check_output_to_logits(output_to_logits)
+        self.settings = SmartSettings.checked(
+            epsilon=epsilon,
+            step_size=step_size,
+            noise_std=noise_std,
+            steps=steps,
+            norm=norm,
+            norm_over=norm_over,
+            epsilon_scale=epsilon_scale,
+            ascent=ascent,
+            dropout=dropout,
+            detach_reference=detach_reference,
+            ascent_autocast=ascent_autocast,
+        )
+        self.divergence = resolve_divergence(divergence)
+        self.memory_efficient = memory_efficient
+        self.output_to_logits = output_to_logits
+        self.generator = generator
+        self.stats = None
+        self._unregistered = (model,)  # in a tuple, so that its parameters are not ours
+        self._embedding = embedding
+        self._loss_scale = LossScale()
+        self._warned_no_gradient = False
+        self._tap = EmbeddingTap(input_embeddings(unwrapped(model), embedding))
+        self._warn_if_nothing_to_follow(self.divergence)
+
+    @classmethod
+    def paper(cls, model: nn.Module, **options: Any) -> Self:
+        """With the values that the paper publishes: ε = 1e-5, η = 1e-3, σ = 1e-5, absolute.
+
+        On BERT-like models they make a penalty of 1e-8 or so; see the page on numerics before using them.
+
+        Args:
+            model: As in the constructor.
+            **options: Any other argument of the constructor; those given here win.
+        """
+        published = {"epsilon": 1e-5, "step_size": 1e-3, "noise_std": 1e-5, "epsilon_scale": "absolute"}
+        return cls(model, **{**published, **options})
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it was given."""
+        return self._unregistered[0]
+
+    def remove(self) -> None:
+        """Take this object's share of the hook off the embedding; it cannot be called afterwards."""
+        self._tap.remove()
+
+    def forward(
+        self,
+        forward: Forward,
+        *,
+        mask: Masks = None,
+        divergence: str | Divergence | None = None,
+        noise: Noise = None,
+    ) -> SmartOutput:
+        """Run the model cleanly, search the perturbation, and compare.
+
+        Args:
+            forward: Runs the module given to it once and returns its output, as in `lambda m: m(**batch)`. It is called
+                several times and must be repeatable: torch's randomness only, arguments left as they are.
+            mask: (batch, sequence), 1 or True for real tokens; padding is never perturbed. With several look-ups of the
+                embedding a sequence of masks, in their order.
+            divergence: Overrides the constructor's, for multitask training.
+            noise: ν itself, a tensor of the shape of the embeddings (or one for each look-up), or a function from the
+                embeddings of a look-up to it. None draws it.
+
+        Returns:
+            `outputs`, what `forward` returned in the clean pass, and `penalty`.
+
+        Raises:
+            ValueError, TypeError: `mask`, `noise` or the output of `forward` does not fit.
+            RuntimeError: The perturbation cannot reach the model, or the mode cannot apply; it says what to do.
+        """
+        if not callable(forward):
+            raise TypeError(
+                f"forward must be a function of the module, as in lambda m: m(**batch), got {type(forward).__name__}"
+            )
+        if self._tap.removed:
+            raise RuntimeError("this SmartLoss was removed from its model: make a new one")
+        if torch.is_inference_mode_enabled() and self.settings.steps:
+            raise RuntimeError(
+                "the ascent needs gradients, which torch.inference_mode forbids: use torch.no_grad, or steps=0"
+            )
+        resolved = self.divergence if divergence is None else resolve_divergence(divergence)
+        if noise is None:
+            self._warn_if_nothing_to_follow(resolved)
+        passes = ModelPasses(
+            self.model,
+            self._tap,
+            forward,
+            self.output_to_logits,
+            shared_dropout=self.settings.dropout == "shared",
+        )
+        run = self._efficient if self.memory_efficient and torch.is_grad_enabled() else self._standard
+        return run(passes, mask, resolved, noise)
+
+    def _standard(self, passes: ModelPasses, mask: Masks, divergence: Divergence, noise: Noise) -> SmartOutput:
+        """Clean graph and perturbed graph live side by side until the user's backward."""
+        outputs, clean = passes.clean()
+        found = self._search(passes, clean, mask, divergence, noise)
+        reference = tuple(c.detach() for c in clean) if self.settings.detach_reference else clean
+        with passes.perturbed(found.perturbations) as perturbed:
+            penalty = divergence_of(divergence, perturbed, reference)
+        self._record(found, penalty)
+        return SmartOutput(outputs, penalty)
+
+    def _efficient(self, passes: ModelPasses, mask: Masks, divergence: Divergence, noise: Noise) -> SmartOutput:
+        """One graph at a time: the perturbed pass is differentiated before the clean graph is built."""
+        reference = passes.reference()
+        if self.settings.detach_reference:
+            reference = tuple(r.detach() for r in reference)
+        found = self._search(passes, reference, mask, divergence, noise)
+        mark = graph_mark()
+        with passes.perturbed(found.perturbations) as perturbed:
+            value = divergence_of(divergence, perturbed, reference)
+            scale = self._loss_scale.get(value.device, *_dtypes(passes, perturbed))
+            stored = StoredGradients.of(value, reference, mark, scale)
+        del perturbed, value  # the graph is freed, the outputs need not outlive it
+        self._loss_scale.lower_on_overflow(scale, stored.all())
+        outputs, clean = passes.clean_again()
+        self._record(found, stored.value)
+        return SmartOutput(outputs, stored.attach(clean))
+
+    def _search(
+        self, passes: ModelPasses, clean: tuple[Tensor, ...], mask: Masks, divergence: Divergence, noise: Noise
+    ) -> Found:
+        neighbourhoods = surround(passes.record.embeddings, mask, self.settings)
+        start = starting_noise(neighbourhoods, noise, self.generator)
+        autocast = self.settings.ascent_autocast or passes.record.autocast_dtype is None
+        reference = clean if autocast else passes.reference(autocast=False)
+        return search(
+            neighbourhoods,
+            start,
+            lambda perturbations: passes.perturbed(perturbations, freeze=True, autocast=autocast),
+            tuple(tensor.detach() for tensor in reference),
+            divergence,
+            self._loss_scale,
+            _dtypes(passes, reference),
+        )
+
+    def _record(self, found: Found, penalty: Tensor) -> None:
+        penalty = penalty.detach()
+        start = penalty if found.start_divergence is None else found.start_divergence
+        self.stats = SmartStats(penalty, start, found.largest(), found.bad_examples)
+
+    def _warn_if_nothing_to_follow(self, divergence: Divergence) -> None:
+        settings = self.settings
+        doomed = settings.steps > 0 and settings.epsilon > 0 and settings.noise_std == 0 and is_builtin(divergence)
+        if doomed and not self._warned_no_gradient:
+            self._warned_no_gradient = True
+            warnings.warn(
+                f"steps={settings.steps} with noise_std=0 has no gradient to follow: a divergence is flat at the clean "
+                f"point. Set noise_std above 0, pass noise=, or set steps=0",
+                SmartWarning,
+                stacklevel=3,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_tap"], state["_loss_scale"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        self._loss_scale = LossScale()
+        self._tap = EmbeddingTap(input_embeddings(unwrapped(self.model), self._embedding))
+
+
+def _dtypes(passes: ModelPasses, outputs: tuple[Tensor, ...]) -> list[torch.dtype | None]:
+    """The dtypes that the model works in, as far as they show."""
+    embeddings = passes.record.embeddings
+    return [passes.record.autocast_dtype, *(t.dtype for t in embeddings), *(t.dtype for t in outputs)]

@@ -1,0 +1,63 @@
+"""What the last call of a regularizer did, for logging."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_NAMES = ("penalty", "start_divergence", "ascent_gain", "max_perturbation", "bad_examples")
+
+
+@dataclass(frozen=True)
+class SmartStats:
+    """Plain numbers of the last call; the device is synchronised when one is read, not before.
+
+    Reads as attributes and as a mapping: `stats.penalty`, `stats["penalty"]`, `dict(stats)`.
+
+    Example:
+        >>> import torch
+        >>> stats = SmartStats(torch.tensor(0.5), torch.tensor(0.25), torch.tensor(0.125), torch.tensor(0))
+        >>> dict(stats)["ascent_gain"]
+        2.0
+    """
+
+    _penalty: Tensor
+    _start_divergence: Tensor
+    _max_perturbation: Tensor
+    _bad_examples: Tensor
+
+    @property
+    def penalty(self) -> float:
+        """The penalty."""
+        return float(self._penalty)
+
+    @property
+    def start_divergence(self) -> float:
+        """The divergence at the random starting point, before the first ascent step."""
+        return float(self._start_divergence)
+
+    @property
+    def ascent_gain(self) -> float:
+        """The penalty over the start divergence: what the ascent adds to random noise. NaN if both are zero."""
+        penalty, start = self.penalty, self.start_divergence
+        return penalty / start if start else (float("nan") if penalty == 0 else float("inf"))
+
+    @property
+    def max_perturbation(self) -> float:
+        """The largest absolute entry of the perturbation, in the units of the embeddings."""
+        return float(self._max_perturbation)
+
+    @property
+    def bad_examples(self) -> int:
+        """How many examples met an ascent gradient that was not finite, or zero, and kept their perturbation."""
+        return int(self._bad_examples)
+
+    def __getitem__(self, name: str) -> float:
+        if name not in _NAMES:
+            raise KeyError(name)
+        value: float = getattr(self, name)
+        return value
+
+    def keys(self) -> Iterator[str]:
+        """The names of the numbers."""
+        return iter(_NAMES)

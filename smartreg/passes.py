@@ -54,7 +54,7 @@ class ModelPasses:
         return outputs, self._settle(outputs)
 
     def reference(self, *, autocast: bool = True) -> tuple[Tensor, ...]:
-        """The clean output alone, detached: the first pass of a call, or a replay of it, whose saved tensors are dropped.
+        """The clean output alone, detached: the first pass of a call or a replay of it, its saved tensors dropped.
 
         In the user's grad mode all the same: some layers take another path, with other rounding, under `no_grad`.
         """

@@ -100,3 +100,123 @@ def binary_symmetric_kl(input, target, mask=None, reduction="mean"):
 
 def mse(input, target, mask=None, reduction="mean"):
     return _divergence(squared_error_of_position, input, target, False, mask, reduction)
+
+
+# SMART
+#
+# Algorithm 1 on a model that is differentiated by hand. A sentence x (tokens, D) is encoded as the mean over its real
+# tokens of tanh(W x_t + b); the head is linear in that vector, or for two sentences in (u, v, u * v). `weights` maps
+# "embedding.weight" (vocabulary, D), "hidden.weight", "hidden.bias", "head.weight" and "head.bias" to arrays. A batch
+# has one array of ids (n, tokens), one mask (n, tokens) and one noise (n, tokens, D) for each embedding look-up.
+
+
+def model_of_example(weights, sentences, real):
+    """The logits of one example, and what its gradient needs again."""
+    hidden = [np.tanh(x @ weights["hidden.weight"].T + weights["hidden.bias"]) for x in sentences]
+    pooled = [sum(h[t] for t in range(len(h)) if r[t]) / sum(r) for h, r in zip(hidden, real, strict=True)]
+    joined = pooled[0] if len(pooled) == 1 else np.concatenate([pooled[0], pooled[1], pooled[0] * pooled[1]])
+    return weights["head.weight"] @ joined + weights["head.bias"], hidden, pooled, joined
+
+
+def backward_of_example(weights, sentences, real, d_logits, total):
+    """Add the gradients of the parameters to `total`; return those of the sentences."""
+    _, hidden, pooled, joined = model_of_example(weights, sentences, real)
+    total["head.weight"] += np.outer(d_logits, joined)
+    total["head.bias"] += d_logits
+    d_joined = weights["head.weight"].T @ d_logits
+    d_pooled, size = [d_joined], len(pooled[0])
+    if len(pooled) == 2:
+        d_u, d_v, d_product = d_joined[:size], d_joined[size : 2 * size], d_joined[2 * size :]
+        d_pooled = [d_u + d_product * pooled[1], d_v + d_product * pooled[0]]
+    d_sentences = []
+    for x, h, r, d in zip(sentences, hidden, real, d_pooled, strict=True):
+        d_x = np.zeros_like(x)
+        for t in range(len(x)):
+            if r[t]:
+                d_before_tanh = d / sum(r) * (1 - h[t] ** 2)
+                total["hidden.weight"] += np.outer(d_before_tanh, x[t])
+                total["hidden.bias"] += d_before_tanh
+                d_x[t] = weights["hidden.weight"].T @ d_before_tanh
+        d_sentences.append(d_x)
+    return d_sentences
+
+
+def symmetric_kl_gradient(logits_p, logits_q):
+    """d/da_c of KL(p || q) + KL(q || p): p_c (r_c - sum_k p_k r_k) + p_c - q_c with r = log p - log q."""
+    log_p, log_q = log_softmax(logits_p), log_softmax(logits_q)
+    p, q, ratio = np.exp(log_p), np.exp(log_q), log_p - log_q
+    return p * (ratio - sum(p * ratio)) + p - q
+
+
+def p_norm(values, norm):
+    return abs(values).max() if norm == "inf" else math.sqrt((values**2).sum())
+
+
+def move_in_ball(delta, gradient, real, unit, *, epsilon, step_size, norm, norm_over, epsilon_scale, ascent):
+    """One step of one sentence: eta g / ||g||_p, then the projection. A `gradient` of None only projects."""
+    moved = np.zeros_like(delta)  # padding stays where it is
+    for group in [range(len(delta))] if norm_over == "example" else [[t] for t in range(len(delta))]:
+        tokens = [t for t in group if real[t]]
+        if not tokens:
+            continue
+        entries = delta[tokens].size
+        scale = unit * math.sqrt(entries) if norm == "2" and epsilon_scale == "rms" else unit
+        value, g = delta[tokens], None if gradient is None else gradient[tokens]
+        if ascent == "normalized":
+            if g is not None:
+                value = value + step_size * scale * g
+                value = value / (p_norm(value, norm) + epsilon * scale)
+        else:
+            if g is not None and p_norm(g, norm) > 0:
+                value = value + step_size * scale * g / p_norm(g, norm)
+            if norm == "inf":
+                value = np.clip(value, -epsilon * scale, epsilon * scale)
+            elif p_norm(value, norm) > epsilon * scale:
+                value = value * epsilon * scale / p_norm(value, norm)
+        moved[tokens] = value
+    return moved
+
+
+def smart(
+    weights, ids, masks, noise, *, steps, epsilon_scale="rms", ascent="projected", detach_reference=False, **ball
+):
+    """Algorithm 1, lines 5 to 12.
+
+    Returns:
+        The perturbations after the start and after every step (a list of lists, one for each look-up), the penalty,
+        its gradients by the names of the parameters, and the divergence at the start.
+    """
+    n, table = len(ids[0]), weights["embedding.weight"]
+    visited = [[np.zeros_like(one) for one in noise] for _ in range(max(steps, 1) + 1)]
+    total = {name: np.zeros_like(value) for name, value in weights.items()}
+    penalty = start = 0.0
+    for i in range(n):
+        x, real = [table[one[i]] for one in ids], [np.asarray(one[i], dtype=bool) for one in masks]
+        unit = [math.sqrt((a[r] ** 2).mean()) if epsilon_scale == "rms" else 1.0 for a, r in zip(x, real, strict=True)]
+        clean = model_of_example(weights, x, real)[0]
+        delta = [np.where(r[:, None], one[i], 0.0) for one, r in zip(noise, real, strict=True)]
+        for step in range(max(steps, 1)):
+            for k in range(len(delta)):
+                visited[step][k][i] = delta[k]
+            moved = [a + d for a, d in zip(x, delta, strict=True)]
+            logits = model_of_example(weights, moved, real)[0]
+            start += symmetric_kl_of_position(logits, clean) / n if step == 0 else 0.0
+            d_logits, unused = symmetric_kl_gradient(logits, clean) / n, {k: np.zeros_like(v) for k, v in total.items()}
+            gradient = backward_of_example(weights, moved, real, d_logits, unused) if steps else [None] * len(x)
+            for k in range(len(delta)):
+                delta[k] = move_in_ball(
+                    delta[k], gradient[k], real[k], unit[k], epsilon_scale=epsilon_scale, ascent=ascent, **ball
+                )
+        for k in range(len(delta)):
+            visited[-1][k][i] = delta[k]
+        moved = [a + d for a, d in zip(x, delta, strict=True)]
+        logits = model_of_example(weights, moved, real)[0]
+        penalty += symmetric_kl_of_position(logits, clean) / n
+        sides = [(moved, symmetric_kl_gradient(logits, clean) / n)]
+        if not detach_reference:
+            sides.append((x, symmetric_kl_gradient(clean, logits) / n))
+        for sentences, d_logits in sides:
+            for one, d_x in zip(ids, backward_of_example(weights, sentences, real, d_logits, total), strict=True):
+                for t in range(len(d_x)):
+                    total["embedding.weight"][one[i][t]] += d_x[t]
+    return visited, penalty, total, start

@@ -1,0 +1,154 @@
+"""Which examples train together, and the tensors made of them.
+
+An epoch is a list of steps; a step is a task and the rows it trains on. The list is a pure function of (seed, epoch),
+so a resumed run rebuilds it and skips to its position, and every process of a distributed run knows all of it.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .data import Split
+from .tasks import Task
+from .tokenizer import SentenceTokenizer
+
+POOL = 32
+"""Steps' worth of rows that are sorted by length together: enough to save padding, few enough to stay random."""
+
+
+class Step(NamedTuple):
+    """One optimizer step: a task and the rows of its training set."""
+
+    task: str
+    rows: list[int]
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """A split as token ids, ready to be batched."""
+
+    task: Task
+    ids: list[str]
+    tokens: list[tuple[list[int], ...]]
+    labels: list[float] | None
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each row's longest sentence."""
+        return [max(map(len, row)) for row in self.tokens]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded tensors of some rows; `sentences` and `masks` have one entry a sentence of the task (one or two)."""
+
+    task: Task
+    rows: list[int]
+    sentences: tuple[Tensor, ...]  # each (batch, length)
+    masks: tuple[Tensor, ...]  # each (batch, length), True for real tokens
+    labels: Tensor | None  # (batch,)
+
+
+def tokenize(split: Split, tokenizer: SentenceTokenizer) -> TokenSet:
+    """Token ids of a split."""
+    columns = [tokenizer([row.sentences[i] for row in split.examples]) for i in range(len(split.task.columns))]
+    tokens = list(zip(*columns, strict=True))
+    full = sum(any(len(sentence) >= tokenizer.max_length for sentence in row) for row in tokens)
+    labels = [row.label for row in split.examples if row.label is not None]
+    ids = [row.id for row in split.examples]
+    return TokenSet(split.task, ids, tokens, labels if split.labelled else None, full)
+
+
+def collate(data: TokenSet, rows: Sequence[int], pad_id: int, device: torch.device) -> Batch:
+    """Pads rows to their own longest sentence and moves them to the device."""
+    pinned = device.type == "cuda"
+
+    def place(tensor: Tensor) -> Tensor:
+        # A copy out of pinned memory runs beside the computation.
+        return tensor.pin_memory().to(device, non_blocking=True) if pinned else tensor.to(device)
+
+    sentences, masks = [], []
+    for column in range(len(data.task.columns)):
+        tokens = [data.tokens[row][column] for row in rows]
+        length = max(map(len, tokens))
+        padded = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids in tokens])
+        sizes = torch.tensor([len(ids) for ids in tokens])
+        sentences.append(place(padded))
+        masks.append(place(torch.arange(length) < sizes[:, None]))
+    labels = None if data.labels is None else place(torch.tensor([data.labels[row] for row in rows]))
+    return Batch(data.task, list(rows), tuple(sentences), tuple(masks), labels)
+
+
+def epoch_steps(
+    lengths: Mapping[str, Sequence[int]], step_rows: int, seed: int, epoch: int, interleave: str
+) -> list[Step]:
+    """The steps of an epoch.
+
+    Args:
+        lengths: for each task, the token count of each training row.
+        step_rows: rows of a step; the last of a task may have fewer.
+        seed: the run's seed.
+        epoch: counted from 0; every epoch is shuffled anew.
+        interleave: "proportional": every row once, tasks in random order, so a task's share of the steps is its share
+            of the data. "round-robin": the tasks take turns until the largest is through, smaller ones start over,
+            so every task has the same share.
+
+    Returns:
+        The steps in order.
+
+    Example:
+        >>> steps = epoch_steps({"sst": [5, 6, 7], "sts": [9]}, 2, seed=0, epoch=0, interleave="proportional")
+        >>> sorted((step.task, len(step.rows)) for step in steps)
+        [('sst', 1), ('sst', 2), ('sts', 1)]
+    """
+    shuffled = {task: _bucketed(sizes, step_rows, f"{seed}/{epoch}/{task}/0") for task, sizes in lengths.items()}
+    if interleave == "proportional":
+        steps = [Step(task, rows) for task, chunks in shuffled.items() for rows in chunks]
+        random.Random(f"{seed}/{epoch}").shuffle(steps)
+        return steps
+    turns = max(len(chunks) for chunks in shuffled.values())
+    for task, sizes in lengths.items():
+        again = 1
+        while len(shuffled[task]) < turns:
+            shuffled[task] += _bucketed(sizes, step_rows, f"{seed}/{epoch}/{task}/{again}")
+            again += 1
+    return [Step(task, shuffled[task][turn]) for turn in range(turns) for task in lengths]
+
+
+def _bucketed(lengths: Sequence[int], size: int, seed: str) -> list[list[int]]:
+    """Shuffled chunks of rows of similar length."""
+    draw = random.Random(seed)
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    chunks = []
+    for start in range(0, len(order), size * POOL):
+        pool = sorted(order[start : start + size * POOL], key=lambda row: lengths[row])
+        chunks += [pool[i : i + size] for i in range(0, len(pool), size)]
+    draw.shuffle(chunks)
+    return chunks
+
+
+def micro_batches(rows: Sequence[int], count: int) -> list[list[int]]:
+    """Cuts a step's rows into at most `count` micro-batches of nearly equal size."""
+    count = min(count, len(rows))
+    return [list(rows[i::count]) for i in range(count)]
+
+
+def share(rows: Sequence[int], rank: int, world: int) -> tuple[list[int], float]:
+    """A process's part of a batch, and the weight of its mean loss.
+
+    Distributed training averages gradients over processes, as if each had the same number of rows. The weight,
+    (own rows) · world / (all rows), makes the average the mean over all rows whatever the split. A process without
+    any row takes one that counts nothing: it must take part in the exchange.
+    """
+    own = list(rows[rank::world])
+    return (own, len(own) * world / len(rows)) if own else (list(rows[:1]), 0.0)

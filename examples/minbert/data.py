@@ -1,0 +1,165 @@
+"""Reading the files of the CS224N project as they are.
+
+They are tab-separated with a header, an unnamed index column, and quotes doubled inside quotes. Two rows of the real
+Quora files lack their label. Such rows are skipped, but never silently: the caller gets file and line of each.
+"""
+
+import csv
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import InputError
+from .tasks import Task
+
+MAX_UNUSABLE = 0.01
+"""Share of lines that may be unusable; beyond it the file is not what it is taken for."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: its id, its one or two sentences, and its label (None in the label-less files)."""
+
+    id: str
+    sentences: tuple[str, ...]
+    label: float | None
+
+
+@dataclass
+class Split:
+    """The usable rows of one file, and a note on each that is not."""
+
+    task: Task
+    file: Path
+    examples: list[Example]
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the file has a label column."""
+        return all(example.label is not None for example in self.examples)
+
+
+def split_file(folder: Path, task: Task, split: str) -> Path | None:
+    """The file of a split, or None; for "test" the labelled file wins over the course's label-less one."""
+    names = [f"{task.stem}-{split}.csv"] + ([f"{task.stem}-test-student.csv"] if split == "test" else [])
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def read_split(folder: Path, task: Task, split: str, limit: int | None = None) -> Split:
+    """Reads one split of one task.
+
+    Args:
+        folder: the data folder.
+        task: which task.
+        split: "train", "dev" or "test".
+        limit: keep this many rows, drawn once for all (a smaller draw is part of a larger one; `--seed` has no say,
+            so that seeds are compared on the same rows).
+
+    Returns:
+        The rows in the order of the file, and notes on those left out.
+
+    Raises:
+        InputError: folder or file is missing or not in the expected format; the message names file and line.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--data-dir {folder}: no such folder")
+    file = split_file(folder, task, split)
+    if file is None:
+        raise InputError(f"{folder / f'{task.stem}-{split}.csv'}: no such file (task {task.name}, split {split})")
+    result = read_file(file, task)
+    if split != "test" and not result.labelled:
+        raise InputError(f"{file}:1: no column {task.label!r}; the {split} split needs labels")
+    if limit is not None and limit < len(result.examples):
+        order = random.Random(task.name).sample(range(len(result.examples)), len(result.examples))
+        result.examples = [result.examples[i] for i in sorted(order[:limit])]
+    return result
+
+
+def read_file(file: Path, task: Task) -> Split:
+    """Reads one file; see `read_split`.
+
+    A row without all its fields, or with an empty sentence or label, is skipped and noted. A label that is there but
+    no label of this task (7 stars, "nan") is an error at once: the file then holds something else than it should.
+    """
+    examples: list[Example] = []
+    skipped: list[str] = []
+    lost_lines = 0
+    rows = _rows(file)
+    _, header = next(rows, (1, []))
+    missing = [name for name in ("id", *task.columns) if name not in header]
+    if missing:
+        raise InputError(
+            f"{file}:1: expected a tab-separated header with the columns "
+            f"{', '.join(('id', *task.columns, task.label))}; not found: {', '.join(missing)}"
+        )
+    labelled = task.label in header
+    wanted = ["id", *task.columns, *([task.label] if labelled else [])]
+    places = [header.index(name) for name in wanted]
+
+    line = 1
+    for last_line, row in rows:
+        first, line = line + 1, last_line
+        reason = _unusable(row, places, wanted, len(header))
+        if reason:
+            skipped.append(f"{file}:{first}: {reason}")
+            lost_lines += last_line - first + 1
+            continue
+        values = [row[place].strip() for place in places]
+        label = None
+        if labelled:
+            try:
+                label = task.parse_label(values[-1])
+            except ValueError as error:
+                raise InputError(f"{file}:{first}: {error}") from None
+        examples.append(Example(values[0], tuple(values[1 : 1 + len(task.columns)]), label))
+
+    if lost_lines > MAX_UNUSABLE * max(1, line - 1):
+        raise InputError(
+            f"{skipped[0]}; {lost_lines} of {line - 1} lines cannot be used, more than {MAX_UNUSABLE:.0%} of the file"
+        )
+    if not examples:
+        raise InputError(f"{file}: no rows after the header")
+    return Split(task, file, examples, skipped)
+
+
+def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Each row with the number of its last line."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise InputError(f"{file}:{line}: not valid UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+    if not text.strip():
+        raise InputError(f"{file}: the file is empty")
+    csv.field_size_limit(max(1 << 17, len(text) + 1))
+    reader = csv.reader(_lines(text), delimiter="\t")
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{file}:{reader.line_num}: {error}") from None
+
+
+def _lines(text: str) -> Iterator[str]:
+    # str.splitlines would also cut at U+2028 and its like, which reviews contain.
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def _unusable(row: list[str], places: list[int], wanted: list[str], width: int) -> str | None:
+    """Why a row cannot be used, or None."""
+    if len(row) != width:
+        return f"expected {width} fields, got {len(row)}"
+    if any("\t" in value and "\n" in value for value in row):
+        return "a quote that is never closed swallows the lines after it"
+    for place, name in zip(places, wanted, strict=True):
+        if not row[place].strip():
+            return f"{name} is empty"
+    return None

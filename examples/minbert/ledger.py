@@ -1,0 +1,78 @@
+"""The parts of the training loss, averaged over the steps of an epoch, task by task."""
+
+import math
+from typing import Any
+
+import torch
+
+from .regularized import Losses
+
+NAMES = ("loss", "task_loss", "smoothness", "proximal", "start_divergence", "max_perturbation", "bad_examples")
+
+
+class Ledger:
+    """Sums loss parts. Tensors are kept as they are and read late, so that a GPU is not made to wait at every step."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[str, float, Losses]] = []
+        self._sums: dict[str, dict[str, float]] = {}
+
+    def add(self, task: str, losses: Losses, weight: float) -> None:
+        """Notes a (micro-)batch; weights of a step sum to 1."""
+        detached = Losses(
+            losses.total.detach(),
+            losses.task.detach(),
+            None if losses.smoothness is None else losses.smoothness.detach(),
+            None if losses.proximal is None else losses.proximal.detach(),
+            losses.stats,
+        )
+        self._pending.append((task, weight, detached))
+        if len(self._pending) >= 256:
+            self.settle()
+
+    def settle(self) -> dict[str, dict[str, float]]:
+        """Reads what is pending; the sums are what a checkpoint keeps."""
+        for task, weight, losses in self._pending:
+            sums = self._sums.setdefault(task, {"steps": 0.0})
+            sums["steps"] += weight
+            values = {"loss": losses.total, "task_loss": losses.task}
+            values |= {"smoothness": losses.smoothness} if losses.smoothness is not None else {}
+            values |= {"proximal": losses.proximal} if losses.proximal is not None else {}
+            for name, tensor in values.items():
+                sums[name] = sums.get(name, 0.0) + weight * float(tensor)
+            if losses.stats is not None:
+                start, largest = losses.stats.start_divergence, losses.stats.max_perturbation
+                sums["start_divergence"] = sums.get("start_divergence", 0.0) + weight * start
+                sums["max_perturbation"] = max(sums.get("max_perturbation", 0.0), largest)
+                sums["bad_examples"] = sums.get("bad_examples", 0.0) + losses.stats.bad_examples
+        self._pending.clear()
+        return self._sums
+
+    def restore(self, sums: dict[str, dict[str, float]]) -> None:
+        """Goes on from a checkpoint's sums."""
+        self._pending.clear()
+        self._sums = {task: dict(values) for task, values in sums.items()}
+
+    def line(self) -> dict[str, dict[str, Any]]:
+        """Means by task, and the ascent gain: mean smoothness over the mean divergence at the starting points."""
+        result: dict[str, dict[str, Any]] = {}
+        for task, sums in sorted(self.settle().items()):
+            means: dict[str, Any] = {}
+            for name in NAMES:
+                if name in sums:
+                    total = name in ("max_perturbation", "bad_examples")
+                    means[name] = sums[name] if total else sums[name] / sums["steps"]
+            if means.get("start_divergence"):
+                means["ascent_gain"] = means["smoothness"] / means["start_divergence"]
+            result[task] = {k: v if math.isfinite(v) else None for k, v in means.items()}
+        return result
+
+    def clear(self) -> None:
+        """Starts the next epoch."""
+        self._pending.clear()
+        self._sums = {}
+
+
+def last_loss(losses: Losses) -> str:
+    """The loss for a progress bar."""
+    return f"{float(torch.as_tensor(losses.total).detach()):.3f}"

@@ -1,0 +1,42 @@
+"""The learning rate schedules of the example."""
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from smartreg import SlantedTriangularLR
+
+SCHEDULES = {
+    "report": "the slanted triangle of the RO-BERT report: from lr up to 3·lr in the first quarter, back to lr",
+    "howard-ruder": "Howard and Ruder's slanted triangle: from lr/32 up to lr in the first tenth, back to lr/32",
+    "equation3": "the report's equation (3) taken literally, floored at 0 (fixed to 1,050 steps)",
+    "constant": "lr throughout",
+}
+
+
+def equation3(step: int) -> float:
+    """The report's equation (3), by the letter.
+
+    factor(t) = 1 + t/100 before t = 200, then max(0, 7/2 − t/300)
+
+    It jumps from 3 to 2.83 at step 200 and reaches 0 at step 1,050 however long the training is; from there on the
+    equation itself is negative, which would undo what was learnt, so it is floored. That is why it is not the default.
+
+    Example:
+        >>> equation3(0), round(equation3(199), 2), round(equation3(200), 2), equation3(750), equation3(2000)
+        (1.0, 2.99, 2.83, 1.0, 0.0)
+    """
+    return 1 + step / 100 if step < 200 else max(0.0, 3.5 - step / 300)
+
+
+def constant(step: int) -> float:
+    """1, whatever the step."""
+    return 1.0
+
+
+def make_schedule(name: str, optimizer: Optimizer, total_steps: int) -> LambdaLR:
+    """The scheduler of a run, to be stepped after every optimizer step."""
+    if name == "report":
+        return SlantedTriangularLR(optimizer, total_steps, cut_frac=0.25, ratio=3.0, peak_factor=3.0)
+    if name == "howard-ruder":
+        return SlantedTriangularLR(optimizer, total_steps, cut_frac=0.1, ratio=32.0)
+    return LambdaLR(optimizer, equation3 if name == "equation3" else constant)

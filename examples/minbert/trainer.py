@@ -1,0 +1,260 @@
+"""The training loop: steps, epochs, checkpoints, and going on where a stopped run left off."""
+
+import hashlib
+import statistics
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from . import checkpoint
+from .batching import Step, TokenSet, collate, epoch_steps, micro_batches, share
+from .distributed import Place, any_process, barrier, gather_bytes, no_sync, wrap
+from .errors import InputError
+from .evaluation import evaluate
+from .ledger import Ledger, last_loss
+from .memory import Memory
+from .metrics import gap
+from .model import MultitaskModel
+from .optimizer import make_optimizer
+from .regularized import Losses, Objective
+from .run_folder import write_history
+from .schedule import make_schedule
+from .settings import Settings
+from .stopping import StopRequest
+
+
+class Stopped(Exception):
+    """The run was asked to stop; it has saved itself."""
+
+
+class Trainer:
+    """A run in progress.
+
+    What it needs to go on is in a checkpoint and the settings: an epoch's steps are a function of (seed, epoch), the
+    noise is one of (seed, step, example), and dropout follows from the random state.
+
+    Args:
+        settings: the run's settings.
+        place: device and rank.
+        model: the model, on its device.
+        train: training sets; those of `settings.train_tasks` are trained on.
+        dev: dev sets, evaluated at the end of every epoch.
+        folder: the run's folder.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        place: Place,
+        model: MultitaskModel,
+        train: dict[str, TokenSet],
+        dev: dict[str, TokenSet],
+        folder: Path,
+    ) -> None:
+        self.settings, self.place, self.folder = settings, place, folder
+        self.model, self.train_sets, self.dev_sets = model, train, dev
+        if settings.option == "pretrain":
+            model.encoder.requires_grad_(False)
+        model.encoder.encoder.gradient_checkpointing = settings.gradient_checkpointing
+
+        # Each process drops out other units of its own examples; the noise does not depend on the process.
+        torch.manual_seed(settings.seed * 4096 + place.rank)
+        compiled: nn.Module = torch.compile(model, dynamic=True) if settings.compile else model  # type: ignore[assignment]
+        self.wrapped = wrap(compiled, place)
+        self.total_steps = self._total_steps()
+        self.objective = Objective(self.wrapped, model, settings, self.total_steps // settings.inner_steps)
+        self.optimizer = make_optimizer(model, settings)
+        self.schedule = make_schedule(settings.lr_schedule, self.optimizer, self.total_steps)
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=settings.amp == "fp16")
+        self.ledger, self.memory, self.stop = Ledger(), Memory(place.device), StopRequest()
+
+        self.step = self.epoch = self.position = 0
+        self.history: list[dict[str, Any]] = []
+        self.before: dict[str, Any] = {}
+        self.step_seconds: list[float] = []
+        self.epoch_seconds = 0.0
+
+    def run(self) -> None:
+        """Trains to the end.
+
+        Raises:
+            Stopped: on SIGTERM, after saving.
+        """
+        if not self.before:
+            self.before = evaluate(self.model, self.dev_sets, self.place, note="before training: ")
+        with self.stop:
+            while not self.done:
+                self._epoch()
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs, or `max_steps`, are through."""
+        return self.epoch >= self.settings.epochs or self.step >= self.total_steps
+
+    def _epoch(self) -> None:
+        steps = self._steps(self.epoch)
+        end = min(len(steps), self.position + self.total_steps - self.step)
+        todo = range(self.position, end)
+        started = time.perf_counter()
+        self.model.train()
+        label = f"epoch {self.epoch + 1}/{self.settings.epochs}"
+        with tqdm(total=end, initial=self.position, desc=label, unit="step", disable=not self.place.first) as bar:
+            for position in todo:
+                begun = time.perf_counter()
+                losses = self._train_step(steps[position])
+                self.step_seconds.append(time.perf_counter() - begun)
+                self.position = position + 1
+                bar.update()
+                if position % 10 == 0 and self.place.first:
+                    bar.set_postfix_str(f"{steps[position].task} loss {last_loss(losses)}", refresh=False)
+                last = self.position == end
+                if any_process(self.place, self.stop.requested) and not last:
+                    self.epoch_seconds += time.perf_counter() - started
+                    self.save()
+                    raise Stopped
+                if self.settings.save_every and self.step % self.settings.save_every == 0 and not last:
+                    self.epoch_seconds += time.perf_counter() - started
+                    started = time.perf_counter()
+                    self.save()
+        self.epoch_seconds += time.perf_counter() - started
+        self._end_epoch()
+        if any_process(self.place, self.stop.requested) and not self.done:
+            raise Stopped
+
+    def _train_step(self, step: Step) -> Losses:
+        """One optimizer step on the rows of one task."""
+        settings, place = self.settings, self.place
+        data = self.train_sets[step.task]
+        parts = micro_batches(step.rows, settings.grad_accum)
+        for i, rows in enumerate(parts):
+            own, weight = share(rows, place.rank, place.world)
+            weight *= len(rows) / len(step.rows)
+            batch = collate(data, own, self.model.encoder.config.pad_token_id, place.device)
+            # DDP decides in the forward pass whether the backward exchanges gradients, so no_sync encloses both.
+            with no_sync(self.wrapped, more_to_come=i + 1 < len(parts)):
+                with self._autocast():
+                    losses = self.objective(batch, self.step)
+                self.scaler.scale(losses.total * weight).backward()
+            self.ledger.add(step.task, losses, len(rows) / len(step.rows))
+        self.scaler.unscale_(self.optimizer)
+        if settings.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self._trainable(), settings.max_grad_norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        # With fp16 an overflow skips the step; then the teacher and the schedule must stand still too.
+        if self.scaler.get_scale() >= scale:
+            self.schedule.step()
+            self.objective.stepped(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.memory.note()
+        self.step += 1
+        return losses
+
+    def _end_epoch(self) -> None:
+        limit = self.settings.train_eval_limit
+        train = evaluate(self.model, self.train_sets, self.place, limit, note="train: ")
+        dev = evaluate(self.model, self.dev_sets, self.place, note="dev: ")
+        self.history.append(
+            {
+                "epoch": self.epoch + 1,
+                "step": self.step,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "losses": self.ledger.line(),
+                "train": train,
+                "dev": dev,
+                "gap": {name: gap(self.dev_sets[name].task, train[name], dev[name]) for name in dev},
+                "seconds": round(self.epoch_seconds, 3),
+                "step_seconds_median": self.step_seconds_median,
+                "peak_memory_bytes": self.memory.peak,
+            }
+        )
+        self.ledger.clear()
+        self.epoch, self.position, self.epoch_seconds = self.epoch + 1, 0, 0.0
+        self.save()
+        if self.place.first:
+            write_history(self.folder, self.history)
+
+    @property
+    def step_seconds_median(self) -> float | None:
+        """The median time of the optimizer steps since this process started."""
+        return round(statistics.median(self.step_seconds), 5) if self.step_seconds else None
+
+    def save(self) -> None:
+        """Writes a checkpoint; every process must call it."""
+        random_states = gather_bytes(self.place, checkpoint.random_state(self.place.device))
+        if self.place.first:
+            state = {
+                "step": self.step,
+                "epoch": self.epoch,
+                "position": self.position,
+                "history": self.history,
+                "before": self.before,
+                "losses": self.ledger.settle(),
+                "epoch_seconds": self.epoch_seconds,
+                "peak_memory": self.memory.peak,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "teacher": self.objective.bregman.state_dict() if self.objective.bregman is not None else None,
+                "random_states": random_states,
+                "data": self.fingerprint(),
+            }
+            checkpoint.save(self.folder, self.step, self.model.state_dict(), state)
+        barrier(self.place)
+
+    def restore(self, folder: Path) -> None:
+        """Goes on from a checkpoint, whose model weights have been loaded already.
+
+        Raises:
+            InputError: it was made on other data or with another number of processes.
+        """
+        state = checkpoint.load_state(folder)
+        if len(state["random_states"]) != self.place.world:
+            raise InputError(
+                f"--resume {self.folder}: the run had {len(state['random_states'])} processes, here are "
+                f"{self.place.world}; a run goes on with the number that it began with"
+            )
+        if state["data"] != self.fingerprint():
+            raise InputError(f"--resume {self.folder}: the training data is not what the run began with")
+        self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
+        self.history, self.before = state["history"], state["before"]
+        self.ledger.restore(state["losses"])
+        self.epoch_seconds = state["epoch_seconds"]
+        self.memory.peak = state["peak_memory"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.objective.bregman is not None:
+            self.objective.bregman.load_state_dict(state["teacher"])
+        checkpoint.set_random_state(state["random_states"][self.place.rank], self.place.device)
+
+    def fingerprint(self) -> str:
+        """A hash of the training sets, by which a resumed run knows its data."""
+        digest = hashlib.sha256()
+        for name in self.settings.train_tasks:
+            data = self.train_sets[name]
+            digest.update(repr((name, data.ids, data.tokens, data.labels)).encode())
+        return digest.hexdigest()
+
+    def _steps(self, epoch: int) -> list[Step]:
+        settings = self.settings
+        lengths = {name: self.train_sets[name].lengths for name in settings.train_tasks}
+        rows = settings.batch_size * settings.grad_accum
+        return epoch_steps(lengths, rows, settings.seed, epoch, settings.interleave)
+
+    def _total_steps(self) -> int:
+        total = len(self._steps(0)) * self.settings.epochs
+        return total if self.settings.max_steps is None else min(total, self.settings.max_steps)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.amp)
+        return nullcontext() if dtype is None else torch.autocast(self.place.device.type, dtype)

@@ -70,8 +70,6 @@ class ModelPasses:
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_drop, _missing))
             outputs = self._forward(self._inner)
             logits = self._settle(outputs) if first else compared_tensors(outputs, self._output_to_logits)
-        if first:  # weights that autocast has cast in this pass carry its graph, which the next one must not meet
-            torch.clear_autocast_cache()
         return tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in logits)
 
     @contextlib.contextmanager

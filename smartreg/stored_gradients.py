@@ -104,7 +104,11 @@ class _StoredGradient(Function):
 
 
 def graph_mark() -> int:
-    """A number that every autograd node made from here on reaches and none made before does."""
+    """A number that every autograd node made from here on reaches and none made before does.
+
+    Weights that autocast cast before would enter what comes with an older graph: they are cast anew.
+    """
+    torch.clear_autocast_cache()
     with torch.enable_grad():
         node = torch.zeros((), requires_grad=True).view(()).grad_fn
     return _sequence_number(node)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class ModuleState:
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         self._attributes = [dict(vars(module)) for module in self._modules]
-        self._buffers = [{name: _copy(buffer) for name, buffer in m._buffers.items()} for m in self._modules]
+        self._buffers = _copies([module._buffers for module in self._modules])
         self.keep_clean()
 
     def keep_clean(self) -> None:
@@ -67,9 +67,9 @@ class ModuleState:
         Args:
             keep_attributes: leave the attributes that the block assigns (they belong to the graph that lives on).
         """
-        for module, attributes, buffers in zip(self._modules, self._attributes, self._buffers, strict=True):
+        for module, attributes, buffers in zip(self._modules, self._attributes, _copies(self._buffers), strict=True):
             _restore(vars(module), attributes)
-            _restore(module._buffers, {name: _copy(buffer) for name, buffer in buffers.items()})
+            _restore(module._buffers, buffers)
         try:
             yield
         finally:
@@ -107,8 +107,13 @@ def _restore(current: dict[str, Any], wanted: dict[str, Any]) -> None:
             current[name] = value
 
 
-def _copy(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None else buffer.detach().clone()
+def _copies(buffers: Sequence[dict[str, Tensor | None]]) -> list[dict[str, Tensor | None]]:
+    """Each buffer cloned once, so that modules which share one share its copy."""
+    made: dict[Tensor | None, Tensor | None] = {None: None}
+    for buffer in (buffer for named in buffers for buffer in named.values()):
+        if buffer is not None and buffer not in made:
+            made[buffer] = buffer.detach().clone()
+    return [{name: made[buffer] for name, buffer in named.items()} for named in buffers]
 
 
 def _has_generator(device: torch.device) -> bool:

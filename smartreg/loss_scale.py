@@ -29,7 +29,8 @@ class LossScale:
         """Halve the scale for the next call if a gradient taken under it is not finite; it never falls below 1."""
         if scale is None or not gradients:
             return
-        finite = torch.stack([torch.isfinite(g).all().to(scale.device) for g in gradients]).all()
+        entries = [g._values() if g.is_sparse else g for g in gradients]
+        finite = torch.stack([torch.isfinite(e).all().to(scale.device) for e in entries]).all()
         # A new tensor: the old one may be saved in a graph.
         self._scales[scale.device] = torch.where(finite, scale, (scale / 2).clamp_min(1.0))
 

@@ -153,7 +153,7 @@ class SmartLoss(nn.Module):
         self._embedding = embedding
         self._loss_scale = LossScale()
         self._warned_no_gradient = False
-        self._tap = EmbeddingTap(input_embeddings(unwrapped(model), embedding))
+        self._tap: EmbeddingTap | None = EmbeddingTap(input_embeddings(unwrapped(model), embedding))
         self._warn_if_nothing_to_follow(self.divergence)
 
     @classmethod
@@ -176,7 +176,7 @@ class SmartLoss(nn.Module):
 
     def remove(self) -> None:
         """Take this object's share of the hook off the embedding; it cannot be called afterwards."""
-        self._tap.remove()
+        self._attached().remove()
 
     def forward(
         self,
@@ -208,7 +208,8 @@ class SmartLoss(nn.Module):
             raise TypeError(
                 f"forward must be a function of the module, as in lambda m: m(**batch), got {type(forward).__name__}"
             )
-        if self._tap.removed:
+        tap = self._attached()
+        if tap.removed:
             raise RuntimeError("this SmartLoss was removed from its model: make a new one")
         if torch.is_inference_mode_enabled() and self.settings.steps:
             raise RuntimeError(
@@ -219,7 +220,7 @@ class SmartLoss(nn.Module):
             self._warn_if_nothing_to_follow(resolved)
         passes = ModelPasses(
             self.model,
-            self._tap,
+            tap,
             forward,
             self.output_to_logits,
             shared_dropout=self.settings.dropout == "shared",
@@ -296,7 +297,13 @@ class SmartLoss(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it without types
         self._loss_scale = LossScale()
-        self._tap = EmbeddingTap(input_embeddings(unwrapped(self.model), self._embedding))
+        self._tap = None
+
+    def _attached(self) -> EmbeddingTap:
+        """The hooks; those of a copy are made when it is used, since its model may hold it and be incomplete before."""
+        if self._tap is None:
+            self._tap = EmbeddingTap(input_embeddings(unwrapped(self.model), self._embedding))
+        return self._tap
 
 
 def _dtypes(passes: ModelPasses, outputs: tuple[Tensor, ...]) -> list[torch.dtype | None]:

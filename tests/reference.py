@@ -220,3 +220,48 @@ def smart(
                 for t in range(len(d_x)):
                     total["embedding.weight"][one[i][t]] += d_x[t]
     return visited, penalty, total, start
+
+
+# Teacher
+#
+# Algorithm 1, line 14: θ̃_{t+1} = (1 − β) θ_{t+1} + β θ̃_t. Weights are dictionaries from name to array.
+
+
+def momentum(teacher: dict, students: list[dict], betas: list[float]) -> dict:
+    """θ̃ after one update for each student, in order."""
+    for student, beta in zip(students, betas, strict=True):
+        teacher = {
+            name: (1.0 - beta) * np.asarray(student[name], dtype=np.float64)
+            + beta * np.asarray(value, dtype=np.float64)
+            for name, value in teacher.items()
+        }
+    return teacher
+
+
+def paper_beta(update: int, total_steps: int) -> float:
+    """0.99 for the first tenth of the updates, 0.999 after."""
+    return 0.99 if update < total_steps / 10 else 0.999
+
+
+# Schedule
+
+
+def slanted_triangle(t: int, total_steps: int, cut_frac: float, ratio: float, peak_factor: float) -> float:
+    """The factor of the base rate at step t."""
+    cut = math.floor(total_steps * cut_frac)
+    if t > total_steps:
+        return 0.0
+    if t < cut:
+        p = t / cut
+    elif total_steps > cut:
+        p = 1 - (t - cut) / (total_steps - cut)
+    else:
+        p = 1.0
+    return peak_factor * (1 + p * (ratio - 1)) / ratio
+
+
+def howard_ruder(t: int, total_steps: int, cut_frac: float, ratio: float) -> float:
+    """Equation 3 of arXiv 1801.06146 for a largest rate of 1, as printed."""
+    cut = math.floor(total_steps * cut_frac)
+    p = t / cut if t < cut else 1 - (t - cut) / (cut * (1 / cut_frac - 1))
+    return (1 + p * (ratio - 1)) / ratio

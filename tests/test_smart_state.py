@@ -1,0 +1,259 @@
+"""After a call nothing has changed but the graph, also when `forward` raises in any pass."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from smart_models import CLASSES, FEATURES, VOCABULARY, batch
+from torch import Tensor, nn
+
+from smartreg import SmartLoss, symmetric_kl
+
+IDS, _ = batch(examples=4, tokens=5)
+both_modes = pytest.mark.parametrize("memory_efficient", [False, True], ids=["standard", "efficient"])
+
+
+class Stateful(nn.Module):
+    """Everything that a pass may touch: buffers written, replaced, shared and made on the way, and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, FEATURES)
+        self.norm = nn.BatchNorm1d(FEATURES)
+        self.dropout = nn.Dropout(0.3)
+        self.quiet = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Dropout(0.3)).eval()
+        self.quiet.requires_grad_(False)
+        self.head = nn.Linear(FEATURES, CLASSES)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("average", torch.ones(FEATURES))
+        self.register_buffer("absent", None)
+        self.quiet.register_buffer("shared", self.calls)
+        self.auxiliary: Any = "before"
+        self.first_ids: Any = None
+        self.fail: Callable[[], None] = lambda: None
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls.add_(1)
+        if not hasattr(self, "positions"):
+            self.register_buffer("positions", torch.linspace(0.0, 1.0, ids.shape[1]).unsqueeze(-1))
+            self.made_on_the_way = True
+        h = self.dropout(self.embedding(ids)) + self.positions
+        h = h * self.average * (1 + 0.1 * self.quiet.shared)  # the graph saves a buffer
+        self.average = 0.9 * self.average + 0.1 * h.detach().mean(dim=(0, 1))
+        self.auxiliary = h.square().mean()
+        self.fail()
+        h = self.norm(self.quiet(h).transpose(1, 2)).mean(dim=-1)
+        return self.head(h)
+
+
+def make() -> Stateful:
+    torch.manual_seed(0)
+    model = Stateful().double()
+    model.quiet.shared = model.calls  # .double() parted them
+    for parameter in model.parameters():
+        parameter.grad = torch.rand_like(parameter)
+    return model
+
+
+def after_one_clean_pass() -> tuple[Stateful, Tensor]:
+    model = make()
+    torch.manual_seed(1)
+    return model, model(IDS)
+
+
+def call(model: Stateful, forward: Callable[[Any], Any] = lambda m: m(IDS), **options: Any) -> Any:
+    options = {"noise_std": 0.1, "generator": torch.Generator().manual_seed(2), **options}
+    smart = SmartLoss(model, **options)
+    torch.manual_seed(1)
+    return smart(forward)
+
+
+def check_unchanged(model: Stateful, before: dict[str, Any]) -> None:
+    """All but what a clean pass makes of the buffers and attributes, which is compared with a twin."""
+    assert torch.equal(torch.get_rng_state(), before["clean_rng"])  # first of all: the twin seeds it anew
+    twin, _ = after_one_clean_pass()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is before["grad"][name]
+        assert torch.equal(parameter.grad, dict(twin.named_parameters())[name].grad)
+        assert torch.equal(parameter, dict(twin.named_parameters())[name])
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before["requires_grad"]
+    assert [module.training for module in model.modules()] == before["training"]
+    buffers, expected = dict(model.named_buffers()), dict(twin.named_buffers())
+    assert buffers.keys() == expected.keys()
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(buffer, expected[name], rtol=0, atol=0)
+    for name in ("calls", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
+        assert buffers[name] is before["buffers"][name]  # written in place by the clean pass, so the object stays
+    assert model.quiet.shared is model.calls
+    assert model.absent is None
+    assert torch.equal(model.auxiliary, twin.auxiliary)
+    assert model.made_on_the_way is True
+    assert vars(model).keys() == vars(twin).keys()
+    assert [hook.active for hook in model.embedding._forward_hooks.values()] == [None] * before["hooks"]
+
+
+def snapshot(model: Stateful, hooks: int = 1) -> dict[str, Any]:
+    after_one_clean_pass()
+    return {
+        "grad": {name: p.grad for name, p in model.named_parameters()},
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "training": [module.training for module in model.modules()],
+        "buffers": dict(model.named_buffers()),
+        "clean_rng": torch.get_rng_state(),
+        "hooks": hooks,
+    }
+
+
+@both_modes
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_nothing_has_changed(steps: int, memory_efficient: bool) -> None:
+    model = make()
+    before = snapshot(model, hooks=0)
+    outputs, penalty = call(model, steps=steps, memory_efficient=memory_efficient)
+    check_unchanged(model, before)  # the hook is gone with its SmartLoss
+    assert torch.equal(outputs, after_one_clean_pass()[1])
+    (outputs.sum() + penalty + model.auxiliary).backward()  # no saved tensor was written over
+    assert model.quiet[0].weight.grad is before["grad"]["quiet.0.weight"]
+
+
+@both_modes
+def test_buffers_start_every_pass_as_before_the_call(memory_efficient: bool) -> None:
+    model, seen = make(), []
+
+    def forward(m: Stateful) -> Tensor:
+        seen.append((int(m.calls), m.average.clone()))
+        return m(IDS)
+
+    call(model, forward)
+    call(model, forward, memory_efficient=memory_efficient)
+    assert [count for count, _ in seen] == [0, 0, 0] + [1] * (4 if memory_efficient else 3)
+    assert all(torch.equal(average, seen[0][1]) for _, average in seen[:3])
+    assert all(torch.equal(average, seen[3][1]) for _, average in seen[3:])
+    assert not torch.equal(seen[0][1], seen[3][1])
+    assert int(model.calls) == 2
+
+
+@both_modes
+def test_zero_perturbation_is_zero_with_batch_norm_in_train_mode(memory_efficient: bool) -> None:
+    assert call(make(), epsilon=0.0, memory_efficient=memory_efficient).penalty.item() == 0.0
+
+
+@both_modes
+def test_auxiliary_loss_has_a_live_graph(memory_efficient: bool) -> None:
+    model = make()
+    twin, _ = after_one_clean_pass()
+    call(model, memory_efficient=memory_efficient)
+    for one in (model, twin):
+        one.zero_grad()
+        one.auxiliary.backward()
+    torch.testing.assert_close(model.embedding.weight.grad, twin.embedding.weight.grad, rtol=0, atol=0)
+    assert model.embedding.weight.grad.abs().max() > 0
+
+
+class Failure(Exception):
+    pass
+
+
+def failing_at(number: int) -> Callable[[], None]:
+    calls = []
+
+    def fail() -> None:
+        calls.append(None)
+        if len(calls) == number:
+            raise Failure("on purpose")
+
+    return fail
+
+
+@pytest.mark.parametrize("where", ["inside the model", "after the model"])
+@pytest.mark.parametrize(
+    ("failing", "memory_efficient"), [(2, False), (3, False), (4, False), (2, True), (3, True), (4, True), (5, True)]
+)
+def test_forward_raises_in_a_later_pass(failing: int, where: str, memory_efficient: bool) -> None:
+    """Passes: clean, two of ascent, perturbed, and clean again if memory-efficient."""
+    model = make()
+    smart = SmartLoss(model, steps=2, generator=torch.Generator().manual_seed(2), memory_efficient=memory_efficient)
+    before = snapshot(model)
+    fail = failing_at(failing)
+    if where == "inside the model":
+        model.fail = fail
+    torch.manual_seed(1)
+    with pytest.raises(Failure, match="on purpose"):
+        smart(lambda m: (m(IDS), fail())[0] if where == "after the model" else m(IDS))
+    check_unchanged(model, before)
+    model.fail = lambda: None
+    assert torch.isfinite(smart(lambda m: m(IDS)).penalty)  # and it can be called again
+
+
+@both_modes
+def test_forward_raises_in_the_clean_pass(memory_efficient: bool) -> None:
+    model = make()
+    smart = SmartLoss(model, memory_efficient=memory_efficient)
+    before = snapshot(model)
+    torch.manual_seed(1)
+    fail = failing_at(1)
+    with pytest.raises(Failure, match="on purpose"):
+        smart(lambda m: (m(IDS), fail())[0])
+    check_unchanged(model, before)
+
+
+@both_modes
+@pytest.mark.parametrize("culprit", ["divergence", "noise", "output_to_logits", "mask"])
+def test_something_else_raises(culprit: str, memory_efficient: bool) -> None:
+    model = make()
+    fail = failing_at(2 if culprit in ("divergence", "output_to_logits") else 1)
+
+    def divergence(a: Tensor, b: Tensor) -> Tensor:
+        fail()
+        return symmetric_kl(a, b)
+
+    def noise(embeddings: Tensor) -> Tensor:
+        fail()
+        return torch.zeros_like(embeddings)
+
+    def to_logits(outputs: Tensor) -> Tensor:
+        fail()
+        return outputs
+
+    smart = SmartLoss(
+        model, memory_efficient=memory_efficient, output_to_logits=to_logits if culprit == "output_to_logits" else None,
+        generator=torch.Generator().manual_seed(2),
+    )  # fmt: skip
+    before = snapshot(model)
+    torch.manual_seed(1)
+    with pytest.raises((Failure, ValueError), match=r"on purpose|mask must have the shape"):
+        smart(
+            lambda m: m(IDS),
+            divergence=divergence if culprit == "divergence" else None,
+            noise=noise if culprit == "noise" else None,
+            mask=IDS[:, 1:] if culprit == "mask" else None,
+        )
+    check_unchanged(model, before)
+
+
+def test_arguments_are_left_alone() -> None:
+    model, mask, noise = make(), (IDS > 3).long(), torch.full((*IDS.shape, FEATURES), 0.1).double()
+    kept = copy.deepcopy((IDS, mask, noise))
+    SmartLoss(model, steps=2)(lambda m: m(IDS), mask=mask, noise=noise)
+    for now, then in zip((IDS, mask, noise), kept, strict=True):
+        assert torch.equal(now, then)
+        assert not now.requires_grad
+
+
+@both_modes
+def test_a_model_in_eval_mode_stays_there(memory_efficient: bool) -> None:
+    model = make().eval()
+    model(IDS)
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.norm.named_buffers()}
+    penalty = call(model, memory_efficient=memory_efficient).penalty
+    assert not any(module.training for module in model.modules())
+    assert penalty.requires_grad
+    assert penalty.item() > 0
+    for name, buffer in model.norm.named_buffers():
+        assert buffer is buffers[name][0]
+        assert torch.equal(buffer, buffers[name][1])

@@ -3,11 +3,13 @@
 from smartreg.divergences import binary_symmetric_kl, hellinger, jensen_shannon, kl, mse, symmetric_kl
 from smartreg.errors import SmartWarning
 from smartreg.functional import smoothness_penalty
+from smartreg.schedule import SlantedTriangularLR
 from smartreg.smart import SmartLoss, SmartOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SlantedTriangularLR",
     "SmartLoss",
     "SmartOutput",
     "SmartWarning",

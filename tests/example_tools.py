@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+
 from minbert.config import BertConfig
 from minbert.encoder import BertEncoder
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "minbert_multitask.py"

@@ -146,6 +146,8 @@ def resolve(given: dict[str, Any]) -> Settings:
         _useless(given, (*REGULARIZERS, *SMOOTHNESS), config, "t-smart")
     elif config == "t-bregman":
         _useless(given, SMOOTHNESS, config, "t-smart")
+    if "encoder" in given and "init_from" in given:
+        raise InputError("--encoder: has no effect with --init-from, whose run brings its own")
     values: dict[str, Any] = {"lr_schedule": "constant" if config in ("baseline", "vanilla") else "report"}
     if option == "pretrain":
         values |= {"lr": 1e-3, "head_lr": 1e-3}

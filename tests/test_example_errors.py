@@ -1,0 +1,179 @@
+"""Every wrong input ends in one line that says what and where, exit code 2, and nothing overwritten."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from example_tools import SAMPLE, command, run_options, tiny_encoder
+
+from minbert.cli import main
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"), layers=1, size=8)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(SAMPLE, tmp_path / "data"))
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command line, expects a refusal, and returns its line."""
+
+    def run(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if line.strip()]
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in out + err
+        return lines[0]
+
+    return run
+
+
+def replace_line(file: Path, line: int, change: Callable[[str], str]) -> None:
+    lines = file.read_text().splitlines(keepends=True)
+    lines[line - 1] = change(lines[line - 1])
+    file.write_text("".join(lines))
+
+
+def no_header(data: Path) -> str:
+    file = data / "ids-sst-train.csv"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    return "ids-sst-train.csv:1: expected a tab-separated header with the columns id, sentence, sentiment"
+
+
+def label_out_of_range(data: Path) -> str:
+    replace_line(data / "ids-sst-dev.csv", 7, lambda line: line.rsplit("\t", 1)[0] + "\t5\n")
+    return "ids-sst-dev.csv:7: sentiment: expected a whole number from 0 to 4, got '5'"
+
+
+def nan_score(data: Path) -> str:
+    replace_line(data / "sts-train.csv", 9, lambda line: line.rsplit("\t", 1)[0] + "\tnan\n")
+    return "sts-train.csv:9: similarity: expected a number from 0 to 5, got 'nan'"
+
+
+def empty_file(data: Path) -> str:
+    (data / "quora-train.csv").write_text("")
+    return "quora-train.csv: the file is empty"
+
+
+def missing_file(data: Path) -> str:
+    (data / "quora-dev.csv").unlink()
+    return "quora-dev.csv: no such file"
+
+
+def not_utf8(data: Path) -> str:
+    file = data / "sts-dev.csv"
+    content = file.read_bytes().splitlines(keepends=True)
+    content[4] = content[4].replace(b"a", b"\xe9", 1)
+    file.write_bytes(b"".join(content))
+    return "sts-dev.csv:5: not valid UTF-8"
+
+
+def too_many_unusable(data: Path) -> str:
+    for line in (3, 5):
+        replace_line(data / "quora-train.csv", line, lambda text: text.rsplit("\t", 1)[0] + "\t\n")
+    return "quora-train.csv:3: is_duplicate is empty; 2 of 172 lines cannot be used"
+
+
+DEFECTS = [no_header, label_out_of_range, nan_score, empty_file, missing_file, not_utf8, too_many_unusable]
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
+def test_defective_data(
+    defect: Callable[[Path], str], data: Path, encoder: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    expected = defect(data)
+    line = refused("--data-dir", data, "--encoder", encoder, "--output-dir", tmp_path / "run")
+    assert f"{data}/{expected}" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "-1"], "--lr: expected a number above 0, got -1"),
+        (["--lr", "nan"], "--lr: expected a number above 0, got nan"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast' (see --help)"),
+        (["--head-lr", "0"], "--head-lr: expected a number above 0, got 0"),
+        (["--epochs", "0"], "--epochs: expected a whole number of at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got 0"),
+        (["--train-limit", "0"], "--train-limit: expected a whole number of at least 1, got 0"),
+        (["--max-length", "2"], "--max-length: expected a whole number of at least 4, got 2"),
+        (["--lambda-s", "-0.1"], "--lambda-s: expected a number of at least 0, got -0.1"),
+        (["--epsilon", "inf"], "--epsilon: expected a number of at least 0, got inf"),
+        (["--ascent-steps", "-1"], "--ascent-steps: expected a whole number of at least 0, got -1"),
+        (["--beta", "1"], "--beta: expected a number from 0 to below 1, or 'paper', got 1"),
+        (["--dropout", "1"], "--dropout: expected a number from 0 to below 1, got 1"),
+        (["--amp", "bf16", "--dtype", "float64"], "--amp bf16: expected off with --dtype float64"),
+        (["--config", "smart"], "argument --config: invalid choice: 'smart'"),
+        (["--tasks", "sst,nli"], "--tasks: expected any of sst,para,sts,cfimdb, got 'sst,nli'"),
+        (["--config", "vanilla", "--epsilon", "0.1"], "--epsilon: has no effect with --config vanilla"),
+        (["--data-dir", "no/such/folder"], "--data-dir no/such/folder: no such folder"),
+        (["--encoder", "no/such/encoder"], "--encoder no/such/encoder: no such folder"),
+        (["--max-length", "200"], "--max-length 200: the encoder has 128 positions"),
+        (["--resume"], "--resume: name the run to go on with, as --output-dir"),
+        (["--split", "test"], "--split: goes with --evaluate only"),
+        (["--init-from", "no/such/run"], "no/such/run"),
+        (["--unheard-of"], "unrecognized arguments: --unheard-of (see --help)"),
+    ],
+)
+def test_wrong_flags(
+    arguments: list[str], message: str, encoder: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    if arguments[0] not in ("--encoder", "--resume"):
+        arguments = ["--encoder", str(encoder), *arguments]
+    if arguments[0] != "--resume":
+        arguments = ["--output-dir", str(tmp_path / "run"), *arguments]
+    assert message in refused(*arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_encoder_folders_without_a_checkpoint(tmp_path: Path, refused: Callable[..., str], encoder: Path) -> None:
+    assert f"{tmp_path}/config.json: no such file" in refused("--encoder", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "model_type: expected 'bert', got 'gpt2'" in refused("--encoder", tmp_path)
+    shutil.copy(encoder / "config.json", tmp_path)
+    assert "the checkpoint has no tokenizer" in refused("--encoder", tmp_path)
+
+
+def test_folders_that_hold_something_are_left_alone(tmp_path: Path, refused: Callable[..., str], encoder: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "thesis.txt").write_text("years of work")
+    assert "is not empty; name another folder" in refused("--encoder", encoder, "--output-dir", run)
+    assert "is not empty" in refused("--encoder", encoder, "--output-dir", run, "--resume")
+    (run / "settings.json").write_text("{}")
+    line = refused("--encoder", encoder, "--output-dir", run)
+    assert "holds another run; go on with --resume, or name another folder" in line
+    assert "is a file" in refused("--encoder", encoder, "--output-dir", run / "thesis.txt")
+    assert sorted(p.name for p in run.iterdir()) == ["settings.json", "thesis.txt"]
+    assert (run / "thesis.txt").read_text() == "years of work"
+
+
+def test_evaluating_what_is_no_run(tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert f"--evaluate {tmp_path}/x: no such folder" in refused("--evaluate", tmp_path / "x")
+    assert f"--evaluate {tmp_path}: is not a run: no settings.json in it" in refused("--evaluate", tmp_path)
+    (tmp_path / "settings.json").write_text("[]")
+    assert "settings.json: unreadable (expected an object)" in refused("--evaluate", tmp_path)
+    (tmp_path / "settings.json").write_text(json.dumps({"config": "vanilla", "tasks": ["sst"], "colour": "red"}))
+    assert "unknown setting 'colour'" in refused("--evaluate", tmp_path)
+    (tmp_path / "settings.json").write_text(json.dumps({"config": "vanilla", "tasks": ["sst"]}))
+    assert "the run has no checkpoint yet" in refused("--evaluate", tmp_path)
+    assert "--lr: has no effect with --evaluate" in refused("--evaluate", tmp_path, "--lr", "1")
+    assert [p.name for p in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_the_script_itself_prints_no_traceback(tmp_path: Path) -> None:
+    found = subprocess.run(command("--data-dir", tmp_path / "none"), **run_options())  # type: ignore[call-overload]
+    assert found.returncode == 2
+    assert found.stdout == ""
+    assert found.stderr == f"error: --data-dir {tmp_path / 'none'}: no such folder\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,11 +24,13 @@ class EmbeddingPass:
         self.embeddings: list[Tensor] = []
         self.autocast_dtype: torch.dtype | None = None
         self.lookups = 0
+        self.compiled_lookups = 0  # how many of them ran inside a graph of torch.compile
 
     def visit(self, output: Tensor) -> Tensor:
         """Called with the output of every look-up; returns what the model gets to see."""
         index = self.lookups
         self.lookups += 1
+        self.compiled_lookups += torch.compiler.is_compiling()
         if self.perturbations is None:
             # By value: some models add positions to the embeddings in place.
             self.embeddings.append(output.detach().clone())
@@ -40,6 +43,12 @@ class EmbeddingPass:
         return (output + self.perturbations[index]).to(output.dtype)
 
 
+# The pass under way at each hook, by the hook's number. It stands outside of the model: every tensor that torch.compile
+# reaches through a module gets a static shape, and each new batch shape would be compiled anew.
+_UNDER_WAY: dict[int, EmbeddingPass] = {}
+_numbers = itertools.count()
+
+
 class EmbeddingHook:
     """A forward hook that stays on the embedding, so that `torch.compile` traces it; inert while `active` is None.
 
@@ -48,19 +57,25 @@ class EmbeddingHook:
     """
 
     def __init__(self) -> None:
-        self.active: EmbeddingPass | None = None
+        self.number = next(_numbers)
         self.owners = 0
+
+    @property
+    def active(self) -> EmbeddingPass | None:
+        """The pass under way, if any."""
+        return _UNDER_WAY.get(self.number)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not torch.compiler.is_compiling():
             _refuse_in_backward()
-        if self.active is None:
+        active = self.active
+        if active is None:
             return None
         if not torch.compiler.is_compiling():
             _require_embeddings(module, output)
-            device = output.device.type
-            self.active.autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return self.active.visit(output)
+        device = output.device.type
+        active.autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return active.visit(output)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
@@ -93,12 +108,12 @@ class EmbeddingTap:
         if any(hook.active is not None for _, hook in self._hooks):
             raise RuntimeError("forward must not call SmartLoss on the model that it was given")
         for _, hook in self._hooks:
-            hook.active = embedding_pass
+            _UNDER_WAY[hook.number] = embedding_pass
         try:
             yield embedding_pass
         finally:
             for _, hook in self._hooks:
-                hook.active = None
+                del _UNDER_WAY[hook.number]
 
 
 def _attached_hook(module: nn.Module) -> EmbeddingHook:

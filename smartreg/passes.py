@@ -93,6 +93,13 @@ class ModelPasses:
                     f"expected {len(perturbations)} as in the clean pass: forward must be repeatable"
                     + self._compile_hint()
                 )
+            if embedding_pass.compiled_lookups != self.record.compiled_lookups:
+                raise RuntimeError(
+                    f"a perturbed pass ran {embedding_pass.compiled_lookups} of {embedding_pass.lookups} embedding "
+                    f"look-ups compiled, expected {self.record.compiled_lookups} as in the clean pass: eager and "
+                    f"compiled passes draw different dropout masks. torch.compile gives up after a number of graphs; "
+                    f"raise torch._dynamo.config.recompile_limit before training, or compile with dynamic=True"
+                )
             yield logits
 
     def clean_again(self) -> tuple[Any, tuple[Tensor, ...]]:
@@ -102,6 +109,15 @@ class ModelPasses:
             with self._tap.open(record), self._through_wrapper(record):
                 outputs = self._forward(self._model)
             return outputs, compared_tensors(outputs, self._output_to_logits)
+
+    @contextlib.contextmanager
+    def same_dropout(self, same: bool = True) -> Iterator[None]:
+        """In this block perturbed passes see the dropout masks of the clean one, or not, whatever the setting says."""
+        before, self._shared_dropout = self._shared_dropout, same
+        try:
+            yield
+        finally:
+            self._shared_dropout = before
 
     def _settle(self, outputs: Any) -> tuple[Tensor, ...]:
         """After the first clean pass: check that it was recorded, and keep what it made of the model."""

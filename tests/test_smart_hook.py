@@ -232,7 +232,7 @@ def test_calling_it_inside_its_own_forward_is_an_error() -> None:
     assert smart(lambda m: m(IDS)).penalty.item() > 0
 
 
-def test_the_embedding_module_may_be_called_by_hand_meanwhile() -> None:
+def test_inert_after_forward_has_raised() -> None:
     model = build()
     smart = SmartLoss(model)
     with contextlib.suppress(KeyError):

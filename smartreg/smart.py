@@ -16,6 +16,7 @@ from smartreg.locate import input_embeddings, unwrapped
 from smartreg.loss_scale import LossScale
 from smartreg.output import OutputToLogits, check_output_to_logits, divergence_of
 from smartreg.passes import Forward, ModelPasses
+from smartreg.precision import PrecisionCheck
 from smartreg.search import Found, Masks, Noise, search, starting_noise, surround
 from smartreg.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings
 from smartreg.stats import SmartStats
@@ -152,6 +153,7 @@ class SmartLoss(nn.Module):
         self._unregistered = (model,)  # in a tuple, so that its parameters are not ours
         self._embedding = embedding
         self._loss_scale = LossScale()
+        self._precision = PrecisionCheck()
         self._warned_no_gradient = False
         self._tap: EmbeddingTap | None = EmbeddingTap(input_embeddings(unwrapped(model), embedding))
         self._warn_if_nothing_to_follow(self.divergence)
@@ -260,6 +262,7 @@ class SmartLoss(nn.Module):
     ) -> Found:
         neighbourhoods = surround(passes.record.embeddings, mask, self.settings)
         start = starting_noise(neighbourhoods, noise, self.generator)
+        self._precision.look(passes, neighbourhoods, start, clean, divergence, self._loss_scale)
         autocast = self.settings.ascent_autocast or passes.record.autocast_dtype is None
         reference = clean if autocast else passes.reference(autocast=False)
         return search(
@@ -291,12 +294,13 @@ class SmartLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_tap"], state["_loss_scale"]
+        del state["_tap"], state["_loss_scale"], state["_precision"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it without types
         self._loss_scale = LossScale()
+        self._precision = PrecisionCheck()
         self._tap = None
 
     def _attached(self) -> EmbeddingTap:

@@ -1,5 +1,7 @@
 """SMART regularization for PyTorch (Jiang et al., ACL 2020)."""
 
+from smartreg.beta import paper_beta
+from smartreg.bregman import MomentumBregman
 from smartreg.divergences import binary_symmetric_kl, hellinger, jensen_shannon, kl, mse, symmetric_kl
 from smartreg.errors import SmartWarning
 from smartreg.functional import smoothness_penalty
@@ -9,6 +11,7 @@ from smartreg.smart import SmartLoss, SmartOutput
 __version__ = "0.1.0"
 
 __all__ = [
+    "MomentumBregman",
     "SlantedTriangularLR",
     "SmartLoss",
     "SmartOutput",
@@ -18,6 +21,7 @@ __all__ = [
     "jensen_shannon",
     "kl",
     "mse",
+    "paper_beta",
     "smoothness_penalty",
     "symmetric_kl",
 ]

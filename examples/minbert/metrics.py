@@ -12,7 +12,7 @@ Metrics = dict[str, float | int | None]
 
 
 def score(task: Task, outputs: Tensor, labels: Tensor) -> Metrics:
-    """Metrics of a head's outputs.
+    """Metrics of a head's outputs, as predictions would be submitted: scores are brought into their range first.
 
     Args:
         task: which task.
@@ -23,10 +23,11 @@ def score(task: Task, outputs: Tensor, labels: Tensor) -> Metrics:
         {"accuracy", "nll", "n"}, or {"pearson", "mse", "n"} for scores.
     """
     outputs, labels = outputs.double().cpu(), labels.double().cpu()
+    predicted = predict(task, outputs)
     if task.kind == "score":
-        error = (outputs - labels).square().mean()
-        return {"pearson": pearson(outputs, labels), "mse": _number(error), "n": len(labels)}
-    right = (predict(task, outputs) == labels).double().mean()
+        error = (predicted - labels).square().mean()
+        return {"pearson": pearson(predicted, labels), "mse": _number(error), "n": len(labels)}
+    right = (predicted == labels).double().mean()
     return {
         "accuracy": _number(right),
         "nll": _number(-log_likelihood(task, outputs, labels).mean()),

@@ -34,8 +34,7 @@ def write_predictions(
     return files
 
 
-def read_predictions(file: Path) -> dict[str, float]:
-    """The predictions of a file, by id."""
-    lines = file.read_text(encoding="utf-8").splitlines()[1:]
-    pairs = (line.rsplit(" , ", 1) for line in lines)
-    return {row.strip(): float(value) for row, value in pairs}
+def read_predictions(file: Path) -> list[tuple[str, float]]:
+    """Ids and predictions of a file, in its order."""
+    pairs = (line.rsplit(" , ", 1) for line in file.read_text(encoding="utf-8").splitlines()[1:])
+    return [(row.strip(), float(value)) for row, value in pairs]

@@ -1,0 +1,76 @@
+"""Two processes train what one process trains."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from example_tools import command, run_options, tiny_encoder
+from safetensors.torch import load_file
+
+from minbert.cli import main
+
+# Runs the example; each process writes down its own weights whenever the run is saved.
+WATCHED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {examples!r})
+from safetensors.torch import save_file
+from minbert import cli, trainer
+
+original = trainer.Trainer.save
+def save(self):
+    save_file(self.model.state_dict(), Path({folder!r}) / f"rank{{self.place.rank}}.safetensors")
+    original(self)
+trainer.Trainer.save = save
+sys.exit(cli.main(sys.argv[1:]))
+"""
+FLAGS = ["--train-limit", 20, "--dev-limit", 10, "--epochs", 1, "--max-steps", 3]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"), dropout=0.1)
+
+
+def two_ranks(folder: Path, *arguments: object) -> list[dict[str, torch.Tensor]]:
+    examples = str(Path(__file__).resolve().parents[1] / "examples")
+    (folder / "watched.py").write_text(WATCHED.format(examples=examples, folder=str(folder)))
+    line = command("--output-dir", folder / "two", *arguments, processes=2, file=folder / "watched.py")
+    found = subprocess.run(line, **run_options())  # type: ignore[call-overload]
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.count("majority") == 1  # one process speaks for both
+    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+def test_two_ranks_equal_one_process(encoder: Path, tmp_path: Path) -> None:
+    # 5 rows a micro-batch: the ranks have 3 and 2, and their means must be weighted.
+    flags = ["--encoder", encoder, *FLAGS, "--dtype", "float64", "--dropout", 0, "--batch-size", 5, "--grad-accum", 2]
+    first, second = two_ranks(tmp_path, *flags)
+    assert main([str(flag) for flag in ["--output-dir", tmp_path / "one", *flags]]) == 0
+    (checkpoint,) = (tmp_path / "one" / "checkpoints").iterdir()
+    whole, start = load_file(checkpoint / "model.safetensors"), load_file(encoder / "model.safetensors")
+    for key, value in whole.items():
+        assert (first[key] - value).abs().max() <= 1e-6, key
+        assert torch.equal(first[key], second[key]), key
+    word = "embeddings.word_embeddings.weight"
+    assert (whole[f"encoder.{word}"] - start[word]).abs().max() > 1e-5  # it did train
+    lines = {}
+    for name in ("one", "two"):
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert metrics["steps"] == 3
+        assert all(line["smoothness"] > 0 for line in metrics["epochs"][0]["losses"].values())
+        lines[name] = metrics["dev"]
+    for task, values in lines["one"].items():
+        assert lines["two"][task] == pytest.approx(values, abs=1e-6)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+def test_ranks_agree_under_dropout_and_resume_together(encoder: Path, tmp_path: Path) -> None:
+    flags = ["--encoder", encoder, *FLAGS, "--batch-size", 6]
+    first, second = two_ranks(tmp_path, *flags)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    (tmp_path / "two" / "metrics.json").unlink()
+    assert main(["--output-dir", str(tmp_path / "two"), "--resume"]) == 2  # one process cannot go on for two

@@ -1,0 +1,182 @@
+"""A run that was killed, at any moment, ends with the very weights of one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from example_tools import command, run_options, tiny_encoder
+from safetensors.torch import load_file
+
+from minbert.checkpoint import UNFINISHED, latest
+from minbert.cli import main
+
+# Runs the example, but sends itself SIGKILL at a chosen moment, so that "in the middle of saving" is where it says.
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {examples!r})
+from minbert import checkpoint, cli, trainer
+
+def die_after(module, name, calls, before=lambda *a: None):
+    original, count = getattr(module, name), [0]
+    def wrapped(*arguments, **options):
+        count[0] += 1
+        if count[0] == calls:
+            before(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+    setattr(module, name, wrapped)
+
+def half_a_file(tensors, path):
+    with open(path, "wb") as file:
+        file.write(b"x" * 1000)
+
+moment, calls = sys.argv[1], int(sys.argv[2])
+if moment == "step":
+    die_after(trainer.Trainer, "_train_step", calls)
+elif moment == "writing":
+    die_after(checkpoint, "save_file", calls, half_a_file)
+elif moment == "renamed":
+    die_after(checkpoint.shutil, "rmtree", calls)
+cli.main(sys.argv[3:])
+"""
+FLAGS = ["--tasks", "sst,sts", "--train-limit", "24", "--dev-limit", "10", "--batch-size", "8"]
+FLAGS += ["--epochs", "3", "--save-every", "2", "--inner-steps", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums over several threads round differently, and the child processes have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"), dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    assert main(["--encoder", str(encoder), "--output-dir", str(folder), *FLAGS]) == 0
+    return folder
+
+
+def assert_same_end(folder: Path, reference: Path) -> None:
+    ours, theirs = latest(folder), latest(reference)
+    assert ours is not None
+    assert theirs is not None
+    assert ours.name == theirs.name
+    for file in ("model.safetensors", "state.safetensors"):
+        found, expected = load_file(ours / file), load_file(theirs / file)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), (file, key)
+    assert (
+        json.loads((folder / "metrics.json").read_text())["dev"]
+        == json.loads((reference / "metrics.json").read_text())["dev"]
+    )
+    timed = ("seconds", "step_seconds_median", "peak_memory_bytes")
+    lines = [
+        [{k: v for k, v in json.loads(line).items() if k not in timed} for line in path.read_text().splitlines()]
+        for path in (folder / "metrics.jsonl", reference / "metrics.jsonl")
+    ]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 3
+
+
+def start(encoder: Path, folder: Path, script: Path, *moment: object) -> int:
+    """Runs the script that kills itself; returns its exit code."""
+    script.write_text(KILLED.format(examples=str(Path(__file__).resolve().parents[1] / "examples")))
+    arguments = [*moment, "--encoder", encoder, "--output-dir", folder, *FLAGS]
+    return subprocess.run(command(*arguments, file=script), **run_options()).returncode  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("moment", "calls", "left"),
+    [
+        ("step", 2, None),  # nothing saved yet
+        ("step", 10, 8),  # in the middle of the second epoch, between two checkpoints
+        ("writing", 5, 4),  # half of a file is written
+        ("renamed", 6, 6),  # the new checkpoint is there, the old one not yet removed
+    ],
+)
+def test_killed_and_resumed(
+    moment: str, calls: int, left: int | None, encoder: Path, uninterrupted: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    assert start(encoder, folder, tmp_path / "killed.py", moment, calls) == -signal.SIGKILL
+    assert not (folder / "metrics.json").exists()
+    saved = latest(folder)
+    assert (None if saved is None else int(saved.name.removeprefix("step-"))) == left
+    if moment == "writing":
+        assert list((folder / "checkpoints").glob(f"*{UNFINISHED}"))
+    assert main(["--output-dir", str(folder), "--resume", "--encoder", str(encoder), *FLAGS]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert (f"resuming after step {left} of 18" if left else "nothing saved yet in") in out
+    assert_same_end(folder, uninterrupted)
+    assert len(list((folder / "checkpoints").iterdir())) == 1
+
+
+def test_sigterm_saves_and_leaves(encoder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = run_options()
+    for name in ("capture_output", "timeout", "check"):
+        options.pop(name)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    line = command("--encoder", encoder, "--output-dir", folder, *FLAGS)
+    process = subprocess.Popen(line, **pipes, **options)  # type: ignore[call-overload]
+    try:
+        deadline = time.monotonic() + 120
+        while latest(folder) is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "stopped by SIGTERM after step" in err
+    assert "--resume goes on from there" in err
+    assert "Traceback" not in err
+    assert main(["--output-dir", str(folder), "--resume"]) == 0  # the run knows its own settings
+    assert_same_end(folder, uninterrupted)
+
+
+def test_resuming_is_for_the_same_run(
+    encoder: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ["--output-dir", str(uninterrupted)]
+    assert main([*folder, "--resume"]) == 0
+    assert "is complete already" in capsys.readouterr().out
+    assert main([*folder, "--resume", "--lr", "0.5"]) == 2
+    assert "--lr is 3e-05 in the run, 0.5 here" in capsys.readouterr().err
+    assert main([*folder, "--encoder", str(encoder)]) == 2
+    assert "holds another run; go on with --resume" in capsys.readouterr().err
+
+
+def test_resuming_notices_other_data(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from example_tools import SAMPLE
+
+    data = Path(shutil.copytree(SAMPLE, tmp_path / "data"))
+    arguments = ["--output-dir", str(tmp_path / "run"), "--data-dir", str(data)]
+    with monkeypatch.context() as patch:
+        patch.setattr("minbert.cli.finish", lambda *_: None)
+        assert main(["--encoder", str(encoder), *arguments, *FLAGS]) == 0
+    lines = (data / "ids-sst-train.csv").read_text().replace(" film", " picture")
+    (data / "ids-sst-train.csv").write_text(lines)
+    capsys.readouterr()
+    assert main([*arguments, "--resume"]) == 2
+    assert "the training data is not what the run began with" in capsys.readouterr().err

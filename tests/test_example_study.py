@@ -1,0 +1,149 @@
+"""The study: what it runs, what it computes, what it leaves."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from example_tools import tiny_encoder
+from scipy.stats import pearsonr
+
+from minbert import study
+from minbert.study_runs import Run, command, execute
+from minbert.study_statistics import compare, metric
+from minbert.tasks import TASKS
+
+FLAGS = {"all": ["--encoder", "E", "--epochs", "1"], "pretrain": [], "finetune": ["--lr", "0.1"]}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A study of two configurations and two seeds; its command line."""
+    folder = tmp_path_factory.mktemp("study")
+    encoder = tiny_encoder(folder / "encoder", layers=1, size=8)
+    flags = f"--encoder {encoder} --epochs 1 --train-limit 16 --dev-limit 20"
+    line = ["--output-dir", str(folder / "study"), "--configs", "t-smart,vanilla", "--modes", "finetune"]
+    line += ["--seeds", "0,1", "--resamples", "50", "--flags", flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "execute", in_process)
+        assert study.main(line) == 0
+    return line
+
+
+def in_process(line: list[str], log: Path) -> None:
+    from minbert.cli import main
+
+    assert main(line[2:]) == 0
+
+
+def test_what_a_study_leaves(finished: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(finished[1])
+    results = json.loads((folder / "results.json").read_text())
+    assert results["reference"] == "vanilla"
+    assert [(run["config"], run["seed"]) for run in results["runs"]] == [
+        ("vanilla", 0), ("t-smart", 0), ("vanilla", 1), ("t-smart", 1),
+    ]  # fmt: skip
+    cells = results["summary"]["finetune"]
+    for task in ("sst", "para", "sts"):
+        measured = [run["dev"][task][TASKS[task].metric] for run in results["runs"] if run["config"] == "t-smart"]
+        assert cells["t-smart"][task]["mean"] == pytest.approx(np.mean(measured), abs=1e-6)
+        assert cells["t-smart"][task]["std"] == pytest.approx(np.std(measured, ddof=1), abs=1e-6)
+        low, high = cells["t-smart"][task]["interval"]
+        assert low <= high
+        assert cells["vanilla"][task]["interval"] is None
+    table = (folder / "results.md").read_text()
+    assert "| t-smart |" in table
+    assert "## After finetune" in table
+    for name in ("finetune.png", "t-smart-sentiment.png"):
+        assert (folder / "figures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_done_is_not_run_again(finished: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(study, "execute", lambda line, log: made.append(log.stem))
+    assert study.main(finished) == 0
+    assert made == []
+    (Path(finished[1]) / "runs" / "finetune-vanilla-seed1" / "metrics.json").unlink()
+
+    def complete(line: list[str], log: Path) -> None:
+        made.append(log.stem)
+        assert line[-1] == "--resume"
+        in_process(line, log)
+
+    monkeypatch.setattr(study, "execute", complete)
+    assert study.main(finished) == 0
+    assert made == ["finetune-vanilla-seed1"]
+
+
+def test_a_study_keeps_to_its_flags(finished: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.main([*finished[:-1], "--epochs 2"]) == 2
+    assert "holds a study with other flags" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--configs", "vanilla,best"], "--configs: expected any of baseline,vanilla"),
+        (["--modes", "guess"], "--modes: expected any of pretrain,finetune"),
+        (["--seeds", "one"], "--seeds: expected whole numbers separated by commas, got 'one'"),
+        (["--resamples", "0"], "--resamples: expected a whole number of at least 1, got 0"),
+    ],
+)
+def test_wrong_flags(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.main(["--output-dir", str(tmp_path / "s"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+    (tmp_path / "thesis.txt").write_text("x")
+    assert study.main(["--output-dir", str(tmp_path)]) == 2
+    assert "is not an empty folder and holds no study" in capsys.readouterr().err
+
+
+def test_command_lines(tmp_path: Path) -> None:
+    run = Run("finetune", "t-smart", 3)
+    line = command(run, tmp_path, ["pretrain", "finetune"], FLAGS)
+    text = " ".join(line)
+    assert f"--init-from {tmp_path}/runs/pretrain-t-smart-seed3" in text
+    assert "--encoder" not in text
+    assert "--lr 0.1" in text
+    assert "--seed 3" in text
+    assert "--resume" not in text
+    alone = " ".join(command(run, tmp_path, ["finetune"], FLAGS))
+    assert "--init-from" not in alone
+    assert "--encoder E" in alone
+    assert "--lr" not in command(Run("pretrain", "vanilla", 0), tmp_path, ["pretrain"], FLAGS)
+
+
+def test_a_failed_run_stops_the_study(tmp_path: Path) -> None:
+    import sys
+
+    with pytest.raises(study.InputError, match=r"bad: ended with exit code 3"):
+        execute([sys.executable, "-c", "print('so far'); raise SystemExit(3)"], tmp_path / "logs" / "bad.txt")
+    assert (tmp_path / "logs" / "bad.txt").read_text() == "so far\n"
+
+
+def test_metrics_of_predictions() -> None:
+    draw = np.random.default_rng(0)
+    predictions, labels = draw.normal(size=(2, 30)), draw.normal(size=30)
+    expected = [pearsonr(row, labels).statistic for row in predictions]
+    np.testing.assert_allclose(metric(TASKS["sts"], predictions, labels), expected)
+    assert metric(TASKS["sts"], np.ones(30), labels) == 0
+    assert np.isnan(metric(TASKS["sts"], labels, np.ones(30)))
+    assert metric(TASKS["sst"], np.array([1.0, 2, 3]), np.array([1.0, 2, 0])) == pytest.approx(2 / 3)
+
+
+def test_intervals() -> None:
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 2, 400).astype(float)
+    good = np.stack([np.where(draw.random(400) < 0.9, labels, 1 - labels) for _ in range(3)])
+    bad = np.stack([np.where(draw.random(400) < 0.6, labels, 1 - labels) for _ in range(3)])
+    cell = compare(TASKS["para"], good, bad, labels, resamples=300)
+    assert cell.interval is not None
+    assert cell.difference == pytest.approx(0.3, abs=0.05)
+    assert 0.2 < cell.interval[0] < cell.difference < cell.interval[1] < 0.4
+    same = compare(TASKS["para"], good, good, labels, resamples=50)
+    assert same.interval == (0.0, 0.0)  # paired: the same rows and seeds in both
+    # The usual two-proportion interval for one seed, unpaired errors: 1.96 * sqrt(.09/400 + .24/400)
+    single = compare(TASKS["para"], good[:1], bad[:1], labels, resamples=2000)
+    assert single.std is None
+    assert single.interval is not None
+    assert (single.interval[1] - single.interval[0]) / 2 == pytest.approx(0.0563, rel=0.15)

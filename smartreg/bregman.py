@@ -1,0 +1,239 @@
+"""The momentum Bregman proximal term: stay close to the moving average of yourself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smartreg.beta import checked_beta
+from smartreg.calls import noting_calls
+from smartreg.divergences import Divergence, resolve_divergence
+from smartreg.output import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
+from smartreg.pairing import listed
+from smartreg.teacher import Teacher
+
+Forward = Callable[[nn.Module], Any]
+
+
+class MomentumBregman(nn.Module):
+    r"""The Bregman proximal term of SMART, with a teacher that follows by momentum.
+
+    $$D_{\text{Breg}}(\theta, \tilde\theta) = \frac1n \sum_i \ell_s\big(f(x_i;\theta), f(x_i;\tilde\theta)\big), \qquad
+    \tilde\theta_{t+1} = (1-\beta)\,\theta_{t+1} + \beta\,\tilde\theta_t$$
+
+    where f is the model, \(\ell_s\) the divergence and \(\tilde\theta\) the weights of the teacher. The first is
+    what a call returns, to be multiplied by μ and added to the loss; the second is `update()`, to be called after the
+    optimizer's step. Algorithm 1 moves the teacher every S optimizer steps: call `update()` that often. (Equation 2
+    of the RO-BERT report writes \(\theta_t\) where \(\tilde\theta_t\) is meant, and the index of its \(\tilde\theta\)
+    differs by one from line 14 of the algorithm; here it is as in the algorithm, with \(\tilde\theta_0 = \theta_0\).)
+
+    The teacher is a frozen copy in eval mode, and stays so: it computes without dropout, in the model's dtype, on the
+    model's device, and follows the model to another. What happens to the
+
+    * *trained parameters*: averaged. In half precision the average is kept in float32, because the steps of an average
+      are too small for bfloat16.
+    * *frozen parameters*: shared by storage, so that with LoRA the teacher costs the adapters alone. One that the model
+      is found to train at a later call gets a storage of its own then, before the optimizer moves it. One that is
+      frozen later goes on converging to the model's value.
+    * *buffers*, such as the statistics of BatchNorm: the model's own. During a call the teacher works on copies of
+      them, so that a forward that writes to a buffer does not write to the model's.
+    * tensors that are neither (plain attributes): stay as they were when the copy was made.
+
+    The module itself has no parameters, no buffers and no submodules: it can be assigned to an attribute of a larger
+    module, and `parameters()` never hands the model or the teacher to an optimizer. `deepcopy` and pickle of it copy
+    the model too, unless both are copied in one go.
+
+    Args:
+        model: the model in training, wrapped (`DistributedDataParallel`, `torch.compile`, PEFT) or not. Its parameters
+            are paired by name, without the names of wrappers.
+        beta: β in [0, 1), or a function of the 0-based index of the update, such as `paper_beta(total_steps)`.
+        divergence: \(\ell_s\), a name or a function of (student, teacher) that returns a scalar.
+        teacher: the teacher at the start, with the weights \(\tilde\theta_0\), as a module with the parameters of the
+            model. Frozen and set to eval mode, otherwise used as it is. None: a copy of the model. Pass one where a
+            copy cannot be made, as with FSDP2: build it before sharding, and shard it in the same way.
+        output_to_logits: from what `forward` returned to the tensor, or the sequence of tensors, to compare. None: a
+            tensor is itself, otherwise `.logits` or `["logits"]`.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: β is out of range, the divergence unknown, or the teacher does not fit the model.
+        RuntimeError: the model cannot be copied.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> bregman = MomentumBregman(model, beta=0.5, divergence="mse")
+        >>> with torch.no_grad():
+        ...     _ = model.weight.add_(2.0)  # stands for optimizer.step()
+        >>> x = torch.ones(3, 1)
+        >>> penalty = bregman(lambda m: m(x), model(x))
+        >>> print(f"{penalty.item():.4f}")
+        4.0000
+        >>> bregman.update()
+        >>> print(f"{bregman(lambda m: m(x), model(x)).item():.4f}")
+        1.0000
+
+    Reference:
+        Jiang et al. 2020, SMART, doi 10.18653/v1/2020.acl-main.197, equation 5 and Algorithm 1.
+    """
+
+    beta: float | Callable[[int], float]
+    divergence: Divergence
+    output_to_logits: OutputToLogits | None
+    updates: int
+    _teacher: Teacher
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        beta: float | Callable[[int], float] = 0.99,
+        divergence: str | Divergence = "symmetric_kl",
+        teacher: nn.Module | None = None,
+        output_to_logits: OutputToLogits | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, got {type(model).__name__}")
+        if not callable(beta):
+            checked_beta(beta)
+        check_output_to_logits(output_to_logits)
+        # Past the registration of submodules: a divergence may be a module, and a Teacher holds two.
+        settings = {"beta": beta, "divergence": resolve_divergence(divergence), "output_to_logits": output_to_logits}
+        self.__dict__.update(settings, updates=0, _teacher=Teacher(model, teacher))
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The module with the averaged weights, to evaluate. It follows the model's device, dtype and buffers."""
+        self._teacher.follow()
+        return self._teacher.module
+
+    def forward(self, forward: Forward, outputs: Any, *, divergence: str | Divergence | None = None) -> Tensor:
+        """The penalty D_Breg, without μ.
+
+        Args:
+            forward: runs the module given to it once and returns its output, as in `lambda m: m(**batch)`. It is called
+                with the teacher, under `no_grad`.
+            outputs: what the model returned for the same batch, with its graph.
+            divergence: in place of the constructor's, for a task of its own.
+
+        Returns:
+            A scalar. Gradients reach `outputs` alone.
+
+        Raises:
+            TypeError: `forward` cannot be called, or no tensor can be taken from the outputs.
+            ValueError: the two outputs differ in shape, or the divergence returns no scalar.
+            RuntimeError: `forward` never called the teacher, or the model's parameters have changed.
+        """
+        if torch.compiler.is_compiling():
+            # A compiled training step is split here: hooks and the pairing of names are not for a graph.
+            eager: Callable[..., Tensor] = torch.compiler.disable(self._penalty)  # type: ignore[no-untyped-call]  # torch's
+            return eager(forward, outputs, divergence)
+        return self._penalty(forward, outputs, divergence)
+
+    def _penalty(self, forward: Forward, outputs: Any, divergence: str | Divergence | None) -> Tensor:
+        if not callable(forward):
+            raise TypeError(f"forward must be a function of a module, got {type(forward).__name__}")
+        compare = self.divergence if divergence is None else resolve_divergence(divergence)
+        student = compared_tensors(outputs, self.output_to_logits)
+        self._teacher.follow(unshare=True)
+        module = self._teacher.module
+        with torch.no_grad(), self._teacher.private_buffers(), noting_calls(module) as called:
+            teacher_outputs = forward(module)
+        if not called:
+            raise RuntimeError(
+                "forward never called the teacher given to it, so that the penalty would be 0 for ever: call its "
+                "argument, as in `lambda m: m(**batch)`, not the model"
+            )
+        return divergence_of(compare, student, compared_tensors(teacher_outputs, self.output_to_logits))
+
+    def update(self) -> None:
+        """Moves the teacher by one step of the average; call it after `optimizer.step()`.
+
+        After a step that a gradient scaler skipped, skip it too.
+
+        Raises:
+            TypeError, ValueError: the function `beta` returned no number in [0, 1).
+            RuntimeError: the parameters of the model have changed, or it trains one that the teacher shares. The
+                message names them; the teacher has not moved.
+        """
+        beta = checked_beta(self.beta(self.updates) if callable(self.beta) else self.beta)
+        self._teacher.move(beta)
+        self.updates += 1
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Copies the averaged weights, and with them the shared ones and the persistent buffers, into `model`.
+
+        Args:
+            model: a module with the parameters of the model, wrapped or not; the model itself too.
+
+        Raises:
+            ValueError: its parameters differ in name or shape; it is as it was.
+
+        Example:
+            >>> import torch
+            >>> model, best = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+            >>> MomentumBregman(model).copy_to(best)
+            >>> torch.equal(best.weight, model.weight)
+            True
+        """
+        self._teacher.copy_to(model)
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, divergence={getattr(self.divergence, '__name__', self.divergence)}"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A flat mapping of tensors, which safetensors can hold: the counter, the averages, and which are shared.
+
+        The tensors are copies: later updates leave a state alone, whose counter could not follow them.
+        """
+        destination[f"{prefix}updates"] = torch.tensor(self.updates)
+        names = "\n".join(sorted(self._teacher.shared)).encode()
+        destination[f"{prefix}shared_names"] = torch.tensor(list(names), dtype=torch.uint8)
+        for name, average in self._teacher.averages().items():
+            destination[f"{prefix}average.{name}"] = average.detach().clone()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        mine = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        missing = [name for name in ("updates", "shared_names") if name not in mine]
+        missing_keys.extend(prefix + name for name in missing)
+        if missing:
+            return
+        updates = int(mine.pop("updates"))
+        shared = set(bytes(mine.pop("shared_names").tolist()).decode().split("\n")) - {""}
+        averages = {key.removeprefix("average."): mine.pop(key) for key in list(mine) if key.startswith("average.")}
+        unexpected_keys.extend(prefix + key for key in mine)
+        wrong = _misfit(self._teacher, averages, shared)
+        if wrong:
+            error_msgs.append(f"the saved averages are of other parameters than the model's: {wrong}")
+            return
+        self._teacher.restore(averages)
+        self.updates = updates
+
+
+def _misfit(teacher: Teacher, averages: dict[str, Tensor], shared: set[str]) -> str:
+    """What keeps saved averages from being taken over, in words; empty if nothing does."""
+    pairs = teacher.pairs()
+    saved = averages.keys() | shared
+    parts = {
+        "only in the state": listed(saved - pairs.keys()),
+        "only in the model": listed(pairs.keys() - saved),
+        "of another shape": listed(
+            f"{name} is {tuple(average.shape)} in the state, {tuple(pairs[name].teacher.shape)} in the model"
+            for name, average in averages.items()
+            if name in pairs and pairs[name].teacher.shape != average.shape
+        ),
+    }
+    return "; ".join(f"{what}: {names}" for what, names in parts.items() if names)

@@ -1,0 +1,73 @@
+"""Modules and parameters that share storage with a model without being its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in which frozen parameters are views and buffers are the model's own."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.requires_grad and id(parameter) not in memo:
+                memo[id(parameter)] = view_of(parameter)
+        memo.update((id(buffer), buffer) for buffer in module._buffers.values() if buffer is not None)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise RuntimeError(
+            f"a {type(model).__name__} as it is now cannot be copied for a teacher ({error}). Make the teacher before "
+            f"sharding or the first forward, and pass it as teacher="
+        ) from error
+
+
+def view_of(parameter: nn.Parameter) -> nn.Parameter:
+    """The storage of a frozen parameter in a parameter that nobody can thaw through the model."""
+    return parameter if _has_own_class(parameter) else nn.Parameter(parameter.detach(), requires_grad=False)
+
+
+def is_view(view: nn.Parameter, parameter: nn.Parameter) -> bool:
+    """Whether the first is what `view_of` makes of the second."""
+    if view is parameter or _has_own_class(parameter):
+        return view is parameter and _has_own_class(parameter)
+    ours, theirs = _local(view), _local(parameter)
+    return (ours.data_ptr(), ours.dtype, ours.device) == (theirs.data_ptr(), theirs.dtype, theirs.device)
+
+
+def moves_along(teacher: nn.Parameter, student: nn.Parameter) -> bool:
+    """Whether a change of the second in place changes the first."""
+    ours, theirs = _local(teacher), _local(student)
+    return teacher is student or (ours.numel() > 0 and ours.data_ptr() == theirs.data_ptr())
+
+
+def can_share(student: nn.Parameter, own: nn.Parameter) -> bool:
+    """Whether sharing a frozen parameter would leave the teacher's values as they are."""
+    if own is student or is_view(own, student):
+        return True
+    if hasattr(student, "to_local") or hasattr(own, "to_local"):
+        return False  # shards that are equal in one process may differ in another, and all must decide alike
+    alike = (own.dtype, own.device, type(own)) == (student.dtype, student.device, type(student))
+    return alike and torch.equal(student, own)
+
+
+def own_copy(parameter: nn.Parameter) -> nn.Parameter:
+    """The values of a parameter in a frozen one with a storage of its own."""
+    copied: nn.Parameter = copy.deepcopy(parameter)
+    copied.requires_grad_(False)
+    return copied
+
+
+def _has_own_class(parameter: nn.Parameter) -> bool:
+    """Whether it is of a subclass of Parameter, such as quantized ones, whose state a view would lose."""
+    return nn.Parameter in type(parameter).__mro__[1:]
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    """Of a DTensor the shard that this process holds."""
+    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter.detach()
+    return local

@@ -1,0 +1,252 @@
+"""The teacher θ̃: a frozen module beside the model, and the averages of the parameters that it does not share."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from smartreg.averaging import average_dtype, move_averages
+from smartreg.pairing import Layout, Pair, differences, innermost, listed, pair
+from smartreg.sharing import can_share, frozen_copy, is_view, moves_along, own_copy, view_of
+
+
+class Teacher:
+    r"""Keeps \(\tilde\theta\), the exponential moving average of the parameters \(\theta\) of a model.
+
+    `module` computes with \(\tilde\theta\). Each of its parameters is either *shared*, and then has the storage of the
+    model's own parameter, or *averaged*. The average of a half-precision parameter is kept in float32 beside it, in
+    `wide`. Buffers are the model's.
+
+    Args:
+        model: the model whose parameters are averaged; behind wrappers, the module inside.
+        module: the teacher at the start, or None for a copy that shares what is frozen in the model.
+
+    Raises:
+        TypeError: `module` is no module.
+        ValueError: `module` does not fit the model, or shares what the model trains; the model has lazy parameters.
+        RuntimeError: the model cannot be copied.
+    """
+
+    def __init__(self, model: nn.Module, module: nn.Module | None = None) -> None:
+        self.model = innermost(model)
+        lazy = [name for name, parameter in Layout(self.model).parameters.items() if is_lazy(parameter)]
+        if lazy:
+            raise ValueError(f"model must have run once before it gets a teacher, got lazy parameters: {listed(lazy)}")
+        self.shared: set[str] = set()
+        self.wide: dict[str, Tensor] = {}
+        self._layouts: tuple[Layout, ...] = ()
+        self._pairs: dict[str, Pair] = {}
+        with _ordinary_tensors():
+            self.module = frozen_copy(self.model) if module is None else _checked(self.model, module)
+            self.module.requires_grad_(False).eval()
+            for name, (student, own) in list(self.pairs().items()):
+                if not student.requires_grad and can_share(student, own):
+                    self._share(name)
+                else:
+                    self._settle(name, own.data)
+            self._follow()
+
+    def pairs(self) -> dict[str, Pair]:
+        """The parameters of model and teacher by name, looked up anew if either has changed.
+
+        Raises:
+            RuntimeError: the two no longer have the same parameters; the message names the difference.
+        """
+        if not self._layouts or not all(layout.is_current() for layout in self._layouts):
+            layouts = Layout(self.model), Layout(self.module)
+            changed = differences(*layouts)
+            if changed:
+                raise RuntimeError(
+                    f"the model's parameters have changed since its MomentumBregman was made: {changed}. Make a new "
+                    f"one after adding, removing, resizing or sharding modules"
+                )
+            self._layouts, self._pairs = layouts, pair(*layouts)
+        return self._pairs
+
+    def follow(self, *, unshare: bool = False) -> None:
+        """Brings the teacher to where the model is: its device, dtype, shared storage and buffers.
+
+        Args:
+            unshare: whether a shared parameter that the model now trains gets a storage of its own, at its value.
+
+        Raises:
+            RuntimeError: the parameters of the model have changed.
+        """
+        self.pairs()
+        with _ordinary_tensors():
+            if unshare:
+                for name in self._thawed():
+                    self._unshare(name)
+            self._follow()
+
+    def move(self, beta: float) -> None:
+        r"""\(\tilde\theta \leftarrow (1-\beta)\,\theta + \beta\,\tilde\theta\), for every parameter not shared.
+
+        Raises:
+            RuntimeError: the parameters of the model have changed, or it trains one that is shared.
+        """
+        self.pairs()
+        thawed = self._thawed()
+        if thawed:
+            raise RuntimeError(
+                f"the model trains parameters that were frozen when the teacher last ran and that it shares: "
+                f"{listed(thawed)}. Their value of that time is lost once the optimizer has moved them: after "
+                f"unfreezing, call the penalty before the next optimizer step"
+            )
+        with _ordinary_tensors():
+            self._follow()
+            groups: defaultdict[tuple[object, ...], list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+            for name, (student, own) in self._pairs.items():
+                if name not in self.shared and (own.is_floating_point() or own.is_complex()):
+                    group = groups[own.device, own.dtype, type(own)]
+                    group.append((self.wide.get(name, own), student, own))
+            for triples in groups.values():
+                averages, students, teachers = (list(tensors) for tensors in zip(*triples, strict=True))
+                move_averages(averages, students, beta)
+                if averages[0] is not teachers[0]:
+                    torch._foreach_copy_(teachers, averages)
+
+    def averages(self) -> dict[str, Tensor]:
+        """Every average by name, at the precision in which it is kept; nothing of what is shared."""
+        return {
+            name: self.wide.get(name, own.detach())
+            for name, (_, own) in self.pairs().items()
+            if name not in self.shared
+        }
+
+    def restore(self, averages: dict[str, Tensor]) -> None:
+        """Takes over saved averages; what is not among them becomes shared. Names and shapes were checked before."""
+        with _ordinary_tensors():
+            for name in list(self.pairs()):
+                if name not in averages:
+                    self._share(name)
+                elif name in self.shared:
+                    self._unshare(name)
+            self._follow()
+            for name, average in self.averages().items():
+                average.copy_(averages[name])
+                if name in self.wide:
+                    self._pairs[name].teacher.copy_(average)
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Writes the averages, the shared parameters and the persistent buffers into a model of the same names.
+
+        Raises:
+            ValueError: the names or shapes differ; nothing was written.
+        """
+        self.follow()
+        target, teacher = Layout(innermost(model)), self._layouts[1]
+        different = differences(target, teacher)
+        if different:
+            raise ValueError(f"model must have the parameters of the teacher: {different}")
+        averages = {id(self._pairs[name].teacher): average for name, average in self.averages().items()}
+        with _ordinary_tensors():
+            for parameter, own in pair(target, teacher).values():
+                if not is_view(own, parameter):
+                    parameter.copy_(averages.get(id(own), own))
+            for name, module in teacher.modules.items():
+                found = target.modules[name]._buffers if name in target.modules else {}
+                for key, buffer in module._buffers.items():
+                    into = found.get(key)
+                    if buffer is not None and into is not None and key not in module._non_persistent_buffers_set:
+                        into.copy_(buffer)
+
+    @contextmanager
+    def private_buffers(self) -> Iterator[None]:
+        """Lends the teacher copies of the buffers, so that a forward that writes to one leaves the model's alone."""
+        copies: dict[int, Tensor] = {}
+        for module in self._layouts[1].modules.values():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.clone()
+                if buffer is not None:
+                    module._buffers[name] = copies[id(buffer)]
+        try:
+            yield
+        finally:
+            self._take_buffers()
+
+    def _follow(self) -> None:
+        for name, (student, own) in list(self._pairs.items()):
+            if name in self.shared:
+                self._share(name)
+            elif own.dtype != student.dtype or own.device != student.device:
+                self._settle(name, self.wide.get(name, own.data))
+            if own.requires_grad and own is not student:
+                own.requires_grad_(False)
+        self._take_buffers()
+        if any(module.training for module in self._layouts[1].modules.values()):
+            self.module.eval()
+
+    def _take_buffers(self) -> None:
+        model, teacher = self._layouts
+        for name, module in teacher.modules.items():
+            if name in model.modules and model.modules[name]._buffers:
+                module._buffers.update(model.modules[name]._buffers)
+
+    def _thawed(self) -> list[str]:
+        return [name for name, (student, _) in self._pairs.items() if student.requires_grad and name in self.shared]
+
+    def _share(self, name: str) -> None:
+        student, own = self._pairs[name]
+        self.shared.add(name)
+        self.wide.pop(name, None)
+        if not is_view(own, student):
+            self._put(name, view_of(student))
+
+    def _unshare(self, name: str) -> None:
+        self.shared.discard(name)
+        self._put(name, own_copy(self._pairs[name].model))
+        self._settle(name, self._pairs[name].teacher.data)
+
+    def _settle(self, name: str, average: Tensor) -> None:
+        """Keeps the average as precise as it needs, on the model's device; the parameter has the model's dtype."""
+        student, own = self._pairs[name]
+        dtype = average_dtype(student.dtype)
+        average = average.to(student.device, dtype)
+        self.wide.pop(name, None)
+        if dtype != student.dtype:
+            self.wide[name] = average
+        if own.dtype != student.dtype or own.device != student.device:
+            self._put(name, nn.Parameter(average.to(student.dtype), requires_grad=False))
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        student, own = self._pairs[name]
+        self._layouts[1].replace(own, parameter)
+        self._pairs[name] = Pair(student, parameter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layouts": (), "_pairs": {}}  # made anew where a copy is used
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """No graph, and no inference tensors either: those could never be updated outside of inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _checked(model: nn.Module, module: nn.Module) -> nn.Module:
+    """A teacher that the user made, if it fits."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"teacher must be a module or None, got {type(module).__name__}")
+    if innermost(module) is model:
+        raise ValueError("teacher must be another module than model, got the model itself: pass a copy of it or None")
+    layouts = Layout(model), Layout(module)
+    different = differences(*layouts)
+    if different:
+        raise ValueError(f"teacher must have the parameters of the model: {different}")
+    aliased = [
+        name for name, (student, own) in pair(*layouts).items() if student.requires_grad and moves_along(own, student)
+    ]
+    if aliased:
+        raise ValueError(
+            f"teacher must not share what the model trains, or it would follow at once: {listed(aliased)}; pass a copy"
+        )
+    return module

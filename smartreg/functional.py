@@ -13,7 +13,7 @@ from smartreg.divergences import Divergence, resolve_divergence
 from smartreg.loss_scale import LossScale
 from smartreg.output import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg.replay import RandomState
-from smartreg.search import Noise, search, starting_noise, surround
+from smartreg.search import Noise, search, starting_noise, surround, warn_if_nothing_to_follow
 from smartreg.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings
 from smartreg.smart import SmartOutput
 
@@ -105,6 +105,8 @@ def smoothness_penalty(
             "the ascent needs gradients, which torch.inference_mode forbids: use torch.no_grad, or steps=0"
         )
     resolved = resolve_divergence(divergence)
+    if noise is None:
+        warn_if_nothing_to_follow(settings, resolved, stacklevel=3)
     random = RandomState([embeds.device])
 
     @contextlib.contextmanager

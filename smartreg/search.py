@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smartreg.divergences import Divergence
+from smartreg.divergences import Divergence, is_builtin
+from smartreg.errors import SmartWarning
 from smartreg.loss_scale import LossScale, scaled
 from smartreg.output import divergence_of
 from smartreg.perturbation import Neighbourhood
@@ -152,6 +154,19 @@ def starting_noise(
             )
         start.append(ball.hide_padding(one.detach().to(ball.embeddings.device, ball.norm_scale.dtype)))
     return start
+
+
+def warn_if_nothing_to_follow(settings: SmartSettings, divergence: Divergence, *, stacklevel: int) -> bool:
+    """Whether an ascent without given noise starts where the divergence is flat; if so, with a `SmartWarning`."""
+    doomed = settings.steps > 0 and settings.epsilon > 0 and settings.noise_std == 0 and is_builtin(divergence)
+    if doomed:
+        warnings.warn(
+            f"steps={settings.steps} with noise_std=0 has no gradient to follow: a divergence is flat at the clean "
+            f"point. Set noise_std above 0, pass noise=, or set steps=0",
+            SmartWarning,
+            stacklevel=stacklevel,
+        )
+    return doomed
 
 
 def _count(bad: Sequence[Tensor]) -> Tensor:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from smartreg.divergences import Divergence, is_builtin, resolve_divergence
+from smartreg.divergences import Divergence, resolve_divergence
 from smartreg.embedding import EmbeddingTap
-from smartreg.errors import SmartWarning
 from smartreg.locate import input_embeddings, unwrapped
 from smartreg.loss_scale import LossScale
 from smartreg.output import OutputToLogits, check_output_to_logits, divergence_of
 from smartreg.passes import Forward, ModelPasses
 from smartreg.precision import PrecisionCheck
-from smartreg.search import Found, Masks, Noise, search, starting_noise, surround
+from smartreg.search import Found, Masks, Noise, search, starting_noise, surround, warn_if_nothing_to_follow
 from smartreg.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings
 from smartreg.stats import SmartStats
 from smartreg.stored_gradients import StoredGradients, graph_mark
@@ -281,16 +279,8 @@ class SmartLoss(nn.Module):
         self.stats = SmartStats(penalty, start, found.largest(), found.bad_examples)
 
     def _warn_if_nothing_to_follow(self, divergence: Divergence) -> None:
-        settings = self.settings
-        doomed = settings.steps > 0 and settings.epsilon > 0 and settings.noise_std == 0 and is_builtin(divergence)
-        if doomed and not self._warned_no_gradient:
-            self._warned_no_gradient = True
-            warnings.warn(
-                f"steps={settings.steps} with noise_std=0 has no gradient to follow: a divergence is flat at the clean "
-                f"point. Set noise_std above 0, pass noise=, or set steps=0",
-                SmartWarning,
-                stacklevel=3,
-            )
+        if not self._warned_no_gradient:
+            self._warned_no_gradient = warn_if_nothing_to_follow(self.settings, divergence, stacklevel=4)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -3,6 +3,7 @@
 from smartreg.beta import paper_beta
 from smartreg.bregman import MomentumBregman
 from smartreg.divergences import binary_symmetric_kl, hellinger, jensen_shannon, kl, mse, symmetric_kl
+from smartreg.epsilon_sweep import diagnose
 from smartreg.errors import SmartWarning
 from smartreg.functional import smoothness_penalty
 from smartreg.schedule import SlantedTriangularLR
@@ -17,6 +18,7 @@ __all__ = [
     "SmartOutput",
     "SmartWarning",
     "binary_symmetric_kl",
+    "diagnose",
     "hellinger",
     "jensen_shannon",
     "kl",

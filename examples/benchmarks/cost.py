@@ -1,0 +1,90 @@
+"""What the regularizers cost: every table of the documentation's page on cost, from one command.
+
+    python examples/benchmarks/cost.py --output-dir runs/cost
+
+Writes `cost.json`, `cost.md` and `cost.png`. Run it on an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from machine import describe
+from measure import WorkerError
+from meter import method
+from report import show, write
+from rich.console import Console
+from sections import SECTIONS, Run
+
+QUICK = {
+    "size": "tiny",
+    "main": (2, 8),
+    "small": (2, 8),
+    "batches": (2,),
+    "lengths": (8,),
+    "steps": (1,),
+    "logits": (64, 4096),
+}
+MEMORY = {"resident": "peak", "torch": "allocated"}
+LEFT_OUT_OF_QUICK = ("fit", "compiled")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--output-dir", type=Path, required=True, help="folder for cost.json, cost.md and cost.png")
+    made.add_argument(
+        "--quick", action="store_true", help="tiny shapes, in seconds: a test of the command, no measurement"
+    )
+    made.add_argument("--sections", type=_sections, help=f"comma-separated, of {', '.join(SECTIONS)} (default: all)")
+    made.add_argument("--rounds", type=int, help="how often each time is taken (default: 5; 2 with --quick)")
+    made.add_argument(
+        "--memory", choices=MEMORY, default="resident", help="resident memory, or what torch's CPU allocator counts"
+    )
+    made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    made.add_argument("--threads", type=int, default=_cores(), help="threads on a CPU (default: its cores)")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, write."""
+    options = parser().parse_args(arguments)
+    console = Console()
+    rounds = options.rounds or (2 if options.quick else 5)
+    shapes = QUICK if options.quick else {}
+    run = Run(options.device, options.threads, rounds, lambda text: console.log(text), MEMORY[options.memory], **shapes)
+    names = options.sections or [name for name in SECTIONS if not (options.quick and name in LEFT_OUT_OF_QUICK)]
+    settings = {"device": run.device, "threads": run.threads, "rounds": rounds, "dtype": "float32", "model": run.size}
+    settings["memory is"] = method(run.device, run.gauge)
+    results = {"machine": describe(run.device), "settings": settings}
+    started = time.monotonic()
+    # Gradients are compared first, whatever was asked for: times of modes that disagree mean nothing.
+    for name in dict.fromkeys(["agreement", *names]):
+        console.log(name)
+        try:
+            results[name] = SECTIONS[name](run)
+        except WorkerError as error:
+            raise SystemExit(f"{name}: a measurement failed\n{error}") from error
+        write(options.output_dir, results)
+    settings["minutes"] = round((time.monotonic() - started) / 60, 1)
+    show(console, results)
+    for path in write(options.output_dir, results):
+        console.print(f"wrote {path}")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _sections(value: str) -> list[str]:
+    names = value.split(",")
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; expected any of {', '.join(SECTIONS)}")
+    return names
+
+
+if __name__ == "__main__":
+    main()

@@ -100,10 +100,11 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 
 
 def _restore(current: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name in current.keys() - wanted.keys():
+    present = dict(current)  # a scripted module answers with less than a dict
+    for name in present.keys() - wanted.keys():
         del current[name]
     for name, value in wanted.items():
-        if current.get(name, _ABSENT) is not value:
+        if present.get(name, _ABSENT) is not value:
             current[name] = value
 
 

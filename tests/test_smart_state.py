@@ -257,3 +257,22 @@ def test_a_model_in_eval_mode_stays_there(memory_efficient: bool) -> None:
     for name, buffer in model.norm.named_buffers():
         assert buffer is buffers[name][0]
         assert torch.equal(buffer, buffers[name][1])
+
+
+@both_modes
+@pytest.mark.filterwarnings("ignore:`?torch.jit.script:DeprecationWarning")
+def test_a_scripted_part_of_the_model(memory_efficient: bool) -> None:
+    """Its buffers are no plain dict."""
+    torch.manual_seed(0)
+    norm = torch.jit.script(nn.BatchNorm1d(5 * FEATURES))
+    model = nn.Sequential(
+        nn.Embedding(VOCABULARY, FEATURES), nn.Flatten(), norm, nn.Linear(5 * FEATURES, CLASSES)
+    ).double()
+    twin = copy.deepcopy(model)
+    twin(IDS)
+    SmartLoss(model, embedding="0", memory_efficient=memory_efficient)(lambda m: m(IDS)).penalty.backward()
+    for (name, buffer), expected in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected, rtol=0, atol=0, msg=name)
+    assert int(norm.num_batches_tracked) == 1
+    zero = SmartLoss(model, embedding="0", epsilon=0.0, memory_efficient=memory_efficient)
+    assert zero(lambda m: m(IDS)).penalty.item() == 0.0

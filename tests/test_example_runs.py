@@ -182,6 +182,25 @@ def test_flags_that_change_how_it_trains(arguments: list[str], encoder: Path, tm
     assert all(values["n"] == 20 for values in metrics["dev"].values())
 
 
+def test_a_compiled_run_trains_alike(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the backend that traces and does not generate code, which would take a minute here."""
+    compiled = []
+
+    def traced(model: torch.nn.Module, **options: object) -> object:
+        compiled.append(options)
+        return original(model, backend="eager", **options)
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    exact = ["--dtype", "float64", "--dropout", "0", "--max-steps", 3]
+    run(tmp_path / "a", encoder, *exact)
+    run(tmp_path / "b", encoder, *exact, "--compile")
+    assert compiled == [{"dynamic": True}]
+    reference = weights(tmp_path / "a")
+    for key, value in weights(tmp_path / "b").items():
+        assert (value - reference[key]).abs().max() <= 1e-9, key
+
+
 def test_memory_efficient_and_accumulated_runs_train_alike(encoder: Path, tmp_path: Path) -> None:
     exact = ["--dtype", "float64", "--dropout", "0"]
     run(tmp_path / "a", encoder, *exact, "--batch-size", 8)

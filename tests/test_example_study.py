@@ -113,6 +113,24 @@ def test_command_lines(tmp_path: Path) -> None:
     assert "--lr" not in command(Run("pretrain", "vanilla", 0), tmp_path, ["pretrain"], FLAGS)
 
 
+def test_the_quick_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def small(line: list[str], log: Path) -> None:
+        made.append(log.stem)
+        encoder = [] if "--init-from" in line else ["--encoder", str(tiny_encoder(tmp_path / "e", layers=1, size=8))]
+        in_process([*line, *encoder], log)
+
+    monkeypatch.setattr(study, "execute", small)
+    assert study.main(["--output-dir", str(tmp_path / "study"), "--quick"]) == 0
+    assert made == [f"{mode}-{config}-seed0" for config in ("vanilla", "t-smart") for mode in ("pretrain", "finetune")]
+    results = json.loads((tmp_path / "study" / "results.json").read_text())
+    assert [run["steps"] for run in results["runs"]] == [3] * 4
+    assert {path.name for path in (tmp_path / "study" / "figures").iterdir()} == {
+        "pretrain.png", "finetune.png", "t-smart-sentiment.png",
+    }  # fmt: skip
+
+
 def test_a_failed_run_stops_the_study(tmp_path: Path) -> None:
     import sys
 

@@ -23,6 +23,14 @@ from .tasks import TASKS
 
 SAMPLE = Path(__file__).parent / "sample"
 
+QUICK = {
+    "configs": "vanilla,t-smart",
+    "seeds": "0",
+    "resamples": 100,
+    "flags": "--train-limit 12 --dev-limit 16 --batch-size 4 --epochs 1 --max-steps 3",
+}
+"""What `--quick` sets; it is there to see the machinery work."""
+
 
 def build_parser() -> Parser:
     """The flags of a study."""
@@ -32,6 +40,9 @@ def build_parser() -> Parser:
     add("--configs", default=",".join(CONFIGS), metavar="LIST", help="default: all five")
     add("--modes", default="pretrain,finetune", metavar="LIST", help="with both, finetune starts from pretrain")
     add("--seeds", default="0,1,2", metavar="LIST", help="default: 0,1,2")
+    add(
+        "--quick", action="store_true", help="a trial: two configurations, one seed, three steps a run; shows no result"
+    )
     add("--reference", default="vanilla", metavar="CONFIG", help="what the others are compared with")
     add("--resamples", type=int, default=2000, metavar="N", help="bootstrap samples (default: 2000)")
     add("--data-dir", metavar="DIR", help="folder in the CS224N layout (default: the sample that comes along)")
@@ -56,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def study(options: dict[str, Any]) -> None:
     """Makes the runs that are missing, then writes `results.json`, `results.md` and the figures."""
+    options = {**options, **QUICK} if options["quick"] else options
     folder = Path(options["output_dir"])
     configs = _names(options["configs"], list(CONFIGS), "--configs")
     modes = _names(options["modes"], ["pretrain", "finetune"], "--modes")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .batching import Step, TokenSet, collate, epoch_steps, micro_batches, share
+from .compiling import compiled
 from .distributed import Place, any_process, barrier, gather_bytes, no_sync, wrap
 from .errors import InputError
 from .evaluation import evaluate
@@ -64,8 +65,7 @@ class Trainer:
 
         # Each process drops out other units of its own examples; the noise does not depend on the process.
         torch.manual_seed(settings.seed * 4096 + place.rank)
-        compiled: nn.Module = torch.compile(model, dynamic=True) if settings.compile else model  # type: ignore[assignment]
-        self.wrapped = wrap(compiled, place)
+        self.wrapped = wrap(compiled(model) if settings.compile else model, place)
         self.total_steps = self._total_steps()
         self.objective = Objective(self.wrapped, model, settings, self.total_steps // settings.inner_steps)
         self.optimizer = make_optimizer(model, settings)

@@ -140,8 +140,7 @@ class MomentumBregman(nn.Module):
         compare = self.divergence if divergence is None else resolve_divergence(divergence)
         student = compared_tensors(outputs, self.output_to_logits)
         self._teacher.follow(unshare=True)
-        module = self._teacher.module
-        with torch.no_grad(), self._teacher.private_buffers(), noting_calls(module) as called:
+        with torch.no_grad(), self._teacher.lent() as module, noting_calls(module) as called:
             teacher_outputs = forward(module)
         if not called:
             raise RuntimeError(

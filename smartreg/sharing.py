@@ -62,6 +62,18 @@ def own_copy(parameter: nn.Parameter) -> nn.Parameter:
     return copied
 
 
+def reshard(model: nn.Module) -> None:
+    """Gives the modules of FSDP2 their shards back.
+
+    Between a forward and the end of its backward the outermost one holds whole weights instead, which are no place for
+    an average: they are dropped. A backward that still needs them gathers them again.
+    """
+    for module in model.modules():
+        kind: Any = type(module)  # sharding replaces the class of a module
+        if hasattr(kind, "reshard") and hasattr(kind, "unshard"):
+            kind.reshard(module)
+
+
 def _has_own_class(parameter: nn.Parameter) -> bool:
     """Whether it is of a subclass of Parameter, such as quantized ones, whose state a view would lose."""
     return nn.Parameter in type(parameter).__mro__[1:]

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from smartreg.averaging import average_dtype, move_averages
 from smartreg.pairing import Layout, Pair, differences, innermost, listed, pair
-from smartreg.sharing import can_share, frozen_copy, is_view, moves_along, own_copy, view_of
+from smartreg.sharing import can_share, frozen_copy, is_view, moves_along, own_copy, reshard, view_of
 
 
 class Teacher:
@@ -59,6 +59,8 @@ class Teacher:
             RuntimeError: the two no longer have the same parameters; the message names the difference.
         """
         if not self._layouts or not all(layout.is_current() for layout in self._layouts):
+            reshard(self.model)
+            reshard(self.module)
             layouts = Layout(self.model), Layout(self.module)
             changed = differences(*layouts)
             if changed:
@@ -158,8 +160,8 @@ class Teacher:
                         into.copy_(buffer)
 
     @contextmanager
-    def private_buffers(self) -> Iterator[None]:
-        """Lends the teacher copies of the buffers, so that a forward that writes to one leaves the model's alone."""
+    def lent(self) -> Iterator[nn.Module]:
+        """The module for one forward, on copies of the buffers: one that writes to them leaves the model's alone."""
         copies: dict[int, Tensor] = {}
         for module in self._layouts[1].modules.values():
             for name, buffer in module._buffers.items():
@@ -168,9 +170,10 @@ class Teacher:
                 if buffer is not None:
                     module._buffers[name] = copies[id(buffer)]
         try:
-            yield
+            yield self.module
         finally:
             self._take_buffers()
+            reshard(self.module)
 
     def _follow(self) -> None:
         for name, (student, own) in list(self._pairs.items()):
@@ -239,6 +242,14 @@ def _checked(model: nn.Module, module: nn.Module) -> nn.Module:
     if innermost(module) is model:
         raise ValueError("teacher must be another module than model, got the model itself: pass a copy of it or None")
     layouts = Layout(model), Layout(module)
+    students = {id(part) for part in layouts[0].modules.values()}
+    held = [name for name, part in layouts[1].modules.items() if id(part) in students]
+    if held:
+        # Its mode would be the teacher's, and its buffers too.
+        raise ValueError(
+            f"teacher must not hold modules of the model, got its {listed(held)}; pass a copy, whose frozen parameters "
+            f"are then shared"
+        )
     different = differences(*layouts)
     if different:
         raise ValueError(f"teacher must have the parameters of the model: {different}")

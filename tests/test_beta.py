@@ -1,0 +1,105 @@
+"""The momentum β: constants, functions of the update, and the paper's."""
+
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from smartreg.beta import paper_beta
+from smartreg.bregman import MomentumBregman
+
+
+class Net(nn.Module):
+    """With dropout, batch statistics, and a method that is not forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden = nn.Linear(3, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encode(x))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.dropout(self.norm(self.hidden(x)))
+
+
+def shift(model: nn.Module, by: float = 0.1) -> None:
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
+
+
+def test_beta_may_be_a_function_of_the_update() -> None:
+    asked: list[int] = []
+    model = nn.Linear(1, 1, bias=False)
+    bregman = MomentumBregman(model, beta=lambda update: (asked.append(update), 0.5)[1])
+    nn.init.zeros_(model.weight)
+    start = bregman.teacher.weight.item()
+    for _ in range(3):
+        bregman.update()
+    assert asked == [0, 1, 2]
+    assert bregman.teacher.weight.item() == pytest.approx(start / 8)
+
+
+@pytest.mark.parametrize(
+    ("beta", "error"),
+    [(1.0, ValueError), (-0.1, ValueError), (math.nan, ValueError), (2, ValueError), ("0.9", TypeError),
+     (None, TypeError), (True, TypeError)],
+)  # fmt: skip
+def test_beta_out_of_range(beta: Any, error: type[Exception]) -> None:
+    model = Net()
+    with pytest.raises(error, match=r"beta must be .*in \[0, 1\).* got"):
+        MomentumBregman(model, beta=beta)
+    bregman = MomentumBregman(model, beta=lambda update: beta)
+    start = bregman.teacher.head.weight.detach().clone()
+    shift(model)
+    with pytest.raises(error, match=r"beta must be .*in \[0, 1\).* got"):
+        bregman.update()
+    assert bregman.updates == 0
+    assert torch.equal(bregman.teacher.head.weight, start)
+
+
+def test_beta_accepts_other_numbers() -> None:
+    for beta in (0, np.float64(0.5), np.float32(0.5)):
+        MomentumBregman(Net(), beta=beta).update()
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(total_steps=st.integers(1, 500))
+def test_paper_beta(total_steps: int) -> None:
+    beta = pickle.loads(pickle.dumps(paper_beta(total_steps)))
+    for update in range(total_steps + 2):
+        assert beta(update) == reference.paper_beta(update, total_steps)
+
+
+def test_paper_beta_switches_at_the_tenth_exactly() -> None:
+    for total_steps in (10, 30, 70, 1000, 5370):  # 0.1 · 30 is more than 3 in floating point
+        beta = paper_beta(total_steps)
+        assert (beta(total_steps // 10 - 1), beta(total_steps // 10)) == (0.99, 0.999)
+    model = nn.Linear(2, 2)
+    bregman = MomentumBregman(model, beta=paper_beta(20))
+    start = model.weight.detach().clone().double()
+    nn.init.zeros_(model.weight)
+    for _ in range(4):
+        bregman.update()
+    torch.testing.assert_close(bregman.teacher.weight.detach().double(), start * 0.99**2 * 0.999**2, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "error"), [(0, ValueError), (-1, ValueError), (10.0, TypeError), (True, TypeError)]
+)
+def test_paper_beta_refuses(total_steps: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="total_steps must be"):
+        paper_beta(total_steps)

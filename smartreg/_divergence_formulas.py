@@ -46,7 +46,7 @@ def symmetric_kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def symmetric_kl_gradients(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `symmetric_kl` for a, p - q + p (u - KL(p || q)), and for b, q - p - q (u + KL(q || p)).
+    """Gradients of `symmetric_kl` for a, p - q + p (u - E_p[u]), and for b, q - p - q (u - E_q[u]).
 
     Made of differentiable operations, so that these are the start of any higher derivative.
     """

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from smartreg import _divergence_formulas as formulas
+from smartreg._blockwise_symmetric_kl import blockwise_symmetric_kl
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 _REDUCTIONS = ("none", "sum", "mean")
+
+# From this many logits on the hand-written gradient of symmetric_kl is faster than autograd's, however few the classes.
+_BLOCKWISE_FROM = 2**12
 
 
 def symmetric_kl(input: Tensor, target: Tensor, *, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
@@ -229,6 +233,9 @@ def _over_classes(
             "logit is always 1. For a head with one logit use binary_symmetric_kl, or mse if it is a regression"
         )
     keep = _keep(mask, input.shape[:-1])
+    # torch.compile fuses the plain formula by itself.
+    if formula is formulas.symmetric_kl and input.numel() >= _BLOCKWISE_FROM and not torch.compiler.is_compiling():
+        return _reduce(blockwise_symmetric_kl(input, target, keep), keep, reduction)
     input, target = _leave_out(input, target, None if keep is None else keep.unsqueeze(-1))
     return _reduce(formula(input, target), keep, reduction)
 

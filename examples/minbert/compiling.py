@@ -16,5 +16,6 @@ def compiled(model: nn.Module) -> nn.Module:
     what needs a gradient: more variants than the default limit of 8.
     """
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the name before torch 2.7
+    setattr(config, name, max(getattr(config, name), VARIANTS))
     return cast(nn.Module, torch.compile(model, dynamic=True))

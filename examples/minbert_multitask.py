@@ -1,6 +1,6 @@
 """Fine-tunes a BERT encoder on sentiment, paraphrase and similarity at once, with SMART.
 
-    python examples/minbert_multitask.py            # t-smart on the sample data, about two minutes on two cores
+    python examples/minbert_multitask.py            # t-smart on the sample data, in minutes on two cores
     python examples/minbert_multitask.py --help
 
 The parts are in `examples/minbert/`; `regularized.py` there has the lines that add SMART to a training step.

@@ -40,7 +40,7 @@ class Settings:
     max_length: int = 128
     interleave: str = "proportional"
 
-    epochs: int = 3
+    epochs: int = 2
     max_steps: int | None = None
     batch_size: int = 16
     grad_accum: int = 1

@@ -3,8 +3,7 @@
 A pair of sentences is encoded apart (siamese), with two look-ups of the word embedding. The head of a pair sees
 |u − v|, u · v (elementwise) and their cosine, which do not change when the two sentences are swapped: whether two
 questions ask the same does not depend on their order. An encoder such as MiniLM, trained to put sentences of like
-meaning close together, has most of the answer in these features; reading both sentences as one text would throw that
-away (`docs/example.md` has the numbers).
+meaning close together, has most of the answer in these features; it has never read two sentences as one text.
 """
 
 import math

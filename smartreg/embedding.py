@@ -17,11 +17,21 @@ class EmbeddingPass:
 
     Args:
         perturbations: one for each look-up, in order, or None to record the embeddings by value.
+        bases: what to perturb in place of the output of each look-up, which is then looked up for nothing.
+        attached: record the embeddings with their graph; the model gets a copy.
     """
 
-    def __init__(self, perturbations: Sequence[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        perturbations: Sequence[Tensor] | None = None,
+        *,
+        bases: Sequence[Tensor] | None = None,
+        attached: bool = False,
+    ) -> None:
         self.perturbations = None if perturbations is None else list(perturbations)
+        self.bases, self.attached = bases, attached
         self.embeddings: list[Tensor] = []
+        self.needs_gradient: list[bool] = []  # of each recorded look-up
         self.autocast_dtype: torch.dtype | None = None
         self.lookups = 0
         self.compiled_lookups = 0  # how many of them ran inside a graph of torch.compile
@@ -33,14 +43,16 @@ class EmbeddingPass:
         self.compiled_lookups += torch.compiler.is_compiling()
         if self.perturbations is None:
             # By value: some models add positions to the embeddings in place.
-            self.embeddings.append(output.detach().clone())
-            return output
+            self.needs_gradient.append(output.requires_grad)
+            self.embeddings.append(output if self.attached else output.detach().clone())
+            return output.clone() if self.attached else output
         if index >= len(self.perturbations):
             raise RuntimeError(
                 f"forward must be repeatable: it looked the embedding up {len(self.perturbations)} times in the clean "
                 f"pass and more often in a perturbed one"
             )
-        return (output + self.perturbations[index]).to(output.dtype)
+        base = output if self.bases is None else self.bases[index]
+        return (base + self.perturbations[index]).to(output.dtype)
 
 
 # The pass under way at each hook, by the hook's number. It stands outside of the model: every tensor that torch.compile

@@ -74,7 +74,12 @@ class ModelPasses:
 
     @contextlib.contextmanager
     def perturbed(
-        self, perturbations: Sequence[Tensor], *, freeze: bool = False, autocast: bool = True
+        self,
+        perturbations: Sequence[Tensor],
+        *,
+        freeze: bool = False,
+        autocast: bool = True,
+        bases: Sequence[Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, ...]]:
         """A pass with perturbed embeddings; inside the block its graph may be differentiated.
 
@@ -82,8 +87,9 @@ class ModelPasses:
             perturbations: one for each look-up.
             freeze: no parameter requires a gradient in this block.
             autocast: False switches the user's autocast off.
+            bases: from `embeddings_as_leaves`, perturbed in place of what the pass looks up.
         """
-        embedding_pass = EmbeddingPass(perturbations)
+        embedding_pass = EmbeddingPass(perturbations, bases=bases)
         with self._replayed(), frozen(self._module) if freeze else contextlib.nullcontext():
             with self._tap.open(embedding_pass), self._around_wrapper(), self._autocast(autocast):
                 logits = compared_tensors(self._forward(self._inner), self._output_to_logits)
@@ -102,13 +108,33 @@ class ModelPasses:
                 )
             yield logits
 
-    def clean_again(self) -> tuple[Any, tuple[Tensor, ...]]:
-        """The clean pass once more, with its dropout masks, whose graph and attributes stay."""
-        record = EmbeddingPass()
+    def embeddings_as_leaves(self) -> tuple[Tensor, ...] | None:
+        """The recorded embeddings as leaves of the perturbed pass, whose gradients are small where a table's are dense.
+
+        None where a look-up in that pass need not equal the recorded one (fresh dropout masks), or is compiled, so that
+        its embeddings cannot be had with their graph.
+        """
+        record = self.record
+        if not self._shared_dropout or record.compiled_lookups:
+            return None
+        pairs = zip(record.embeddings, record.needs_gradient, strict=True)
+        return tuple(embedded.detach().requires_grad_(needed) for embedded, needed in pairs)
+
+    def clean_again(self, *, attached: bool) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The clean pass once more, with its dropout masks, whose graph and attributes stay.
+
+        Args:
+            attached: return the embeddings with their graph as well.
+
+        Returns:
+            Its output, the tensors to compare, and the embeddings or nothing.
+        """
+        record = EmbeddingPass(attached=attached)
         with self._random.replayed(), self._state.replayed(keep_attributes=True):
             with self._tap.open(record), self._through_wrapper(record):
                 outputs = self._forward(self._model)
-            return outputs, compared_tensors(outputs, self._output_to_logits)
+            embeddings = tuple(record.embeddings) if attached else ()
+            return outputs, compared_tensors(outputs, self._output_to_logits), embeddings
 
     @contextlib.contextmanager
     def same_dropout(self, same: bool = True) -> Iterator[None]:

@@ -245,15 +245,17 @@ class SmartLoss(nn.Module):
             reference = tuple(r.detach() for r in reference)
         found = self._search(passes, reference, mask, divergence, noise)
         mark = graph_mark()
-        with passes.perturbed(found.perturbations) as perturbed:
+        leaves = passes.embeddings_as_leaves()
+        with passes.perturbed(found.perturbations, bases=leaves) as perturbed:
             value = divergence_of(divergence, perturbed, reference)
             scale = self._loss_scale.get(value.device, *_dtypes(passes, perturbed))
-            stored = StoredGradients.of(value, reference, mark, scale)
-        del perturbed, value  # the graph is freed, the outputs need not outlive it
+            stored = StoredGradients.of(value, (*reference, *(leaves or ())), mark, scale)
         self._loss_scale.lower_on_overflow(scale, stored.all())
-        outputs, clean = passes.clean_again()
         self._record(found, stored.value)
-        return SmartOutput(outputs, stored.attach(clean))
+        attached = leaves is not None
+        del perturbed, value, found, leaves, reference  # the graph is freed, nothing of it need outlive it
+        outputs, clean, embeddings = passes.clean_again(attached=attached)
+        return SmartOutput(outputs, stored.attach((*clean, *embeddings)))
 
     def _search(
         self, passes: ModelPasses, clean: tuple[Tensor, ...], mask: Masks, divergence: Divergence, noise: Noise

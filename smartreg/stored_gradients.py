@@ -22,7 +22,7 @@ class StoredGradients:
 
     Attributes:
         value: the penalty, without a graph.
-        reference: gradients with respect to the clean outputs, by their index.
+        reference: gradients with respect to the clean outputs and embeddings, by their index.
         leaves: every leaf that the penalty depends on, with its gradient.
         scale: what the gradients have been multiplied by; None for 1.
     """
@@ -38,7 +38,8 @@ class StoredGradients:
 
         Args:
             value: the penalty with its graph.
-            reference: the clean outputs as leaves, some of which may not require a gradient.
+            reference: the clean outputs as leaves, and the embeddings where the pass took them as leaves; some may not
+                require a gradient.
             mark: from `graph_mark`, before the graph was made.
             scale: what to multiply the penalty by first; None for 1.
 
@@ -66,7 +67,7 @@ class StoredGradients:
         return [*self.reference.values(), *(gradient for _, gradient in self.leaves)]
 
     def attach(self, clean: Sequence[Tensor]) -> Tensor:
-        """The penalty as part of the graph of the clean outputs.
+        """The penalty as part of the graph of the clean outputs, and of the embeddings behind them.
 
         One node for each tensor, each passing the scalar on, so that no more than one scaled copy is alive at a time.
         Its backward may run again under `retain_graph=True`.

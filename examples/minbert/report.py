@@ -37,7 +37,7 @@ def print_data(console: Console, files: dict[str, list[Split]], sets: dict[str, 
 
 def closing_table(metrics: dict[str, Any], settings: Settings) -> Table:
     """Baseline, untrained and trained metrics side by side."""
-    table = Table(title=f"dev, after {len(metrics['epochs'])} epochs of {settings.config}", title_justify="left")
+    table = Table(title=f"dev, {settings.config} after epoch {len(metrics['epochs'])}", title_justify="left")
     table.add_column("task")
     table.add_column("metric")
     for name in ("majority / mean", "untrained", "trained", "on train", "gap"):

@@ -144,6 +144,29 @@ def check_ddp() -> Iterator[tuple[str, Any]]:
         yield f"{mode}, synchronised", (gradient / 2 - ddp.module.hidden.weight.grad).abs().max().item()
 
 
+class TrainingStep(nn.Module):
+    """The whole step inside of what DDP wraps, as Lightning's `training_step` is."""
+
+    def __init__(self, model: nn.Module, memory_efficient: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.smart = SmartLoss(model, memory_efficient=memory_efficient)
+
+    def forward(self, ids: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        outputs, penalty = self.smart(lambda m: m(ids), noise=noise)
+        return outputs.square().mean() + penalty, penalty.detach()
+
+
+def check_step_inside() -> Iterator[tuple[str, Any]]:
+    (ids,), (noise,) = data()
+    for memory_efficient in (False, True):
+        mode = "memory-efficient" if memory_efficient else "standard"
+        ddp = DistributedDataParallel(TrainingStep(reader(), memory_efficient))
+        loss, penalty = ddp(mine(ids), mine(noise))
+        loss.backward()
+        yield f"{mode}, step inside", differences(ddp.module.model, penalty, single())
+
+
 def check_errors() -> Iterator[tuple[str, Any]]:
     (ids,), _ = data()
     for memory_efficient in (False, True):
@@ -204,7 +227,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     found: dict[str, Any] = {}
-    for check in (check_ddp, check_errors, check_compiled, check_fully_shard):
+    for check in (check_ddp, check_step_inside, check_errors, check_compiled, check_fully_shard):
         found.update(check())
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()

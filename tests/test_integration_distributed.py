@@ -35,7 +35,9 @@ def assert_equal_to_one_process(found: dict[str, float]) -> None:
 
 
 @MODES
-@pytest.mark.parametrize("label", ["plain", "find_unused_parameters", "static_graph", "unused head", "no_sync"])
+@pytest.mark.parametrize(
+    "label", ["plain", "find_unused_parameters", "static_graph", "unused head", "no_sync", "step inside"]
+)
 def test_gradients_are_those_of_one_process_with_the_whole_batch(ranks: list[Any], mode: str, label: str) -> None:
     for rank in ranks:
         assert_equal_to_one_process(rank[f"{mode}, {label}"])

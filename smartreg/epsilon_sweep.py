@@ -165,7 +165,8 @@ class _Sweep:
             yield outputs
 
     def _outputs(self, perturbations: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with self._passes.perturbed(perturbations, freeze=True) as outputs:
+        # Not frozen: where nothing needs a gradient some layers take another path, with other rounding.
+        with self._passes.perturbed(perturbations) as outputs:
             return tuple(output.detach() for output in outputs)
 
     def _value(self, outputs: tuple[Tensor, ...]) -> float:

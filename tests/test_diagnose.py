@@ -1,0 +1,244 @@
+"""`diagnose`: each column against its definition, the recommendation, and that nothing is left behind."""
+
+import builtins
+from typing import Any
+
+import numerics_models as models
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smartreg import SmartLoss, diagnose, symmetric_kl
+from smartreg.diagnosis import Diagnosis, recommended_range
+
+IDS = models.sentences()
+SIZES = (1e-3, 1e-2, 0.1, 1.0)
+
+
+def run(model: nn.Module, **options: Any) -> Diagnosis:
+    options.setdefault("generator", torch.Generator().manual_seed(0))
+    return diagnose(model, lambda m: m(IDS), **{"epsilons": SIZES, **options})
+
+
+def unit_noise() -> Tensor:
+    return torch.randn(*IDS.shape, 32, generator=torch.Generator().manual_seed(0))
+
+
+def scaled_noise(model: models.Encoder) -> Tensor:
+    return model.words(IDS).square().mean((1, 2), keepdim=True).sqrt().detach() * unit_noise()
+
+
+def test_penalty_and_random_divergence_are_those_of_smart_loss() -> None:
+    model = models.build()
+    result = run(model)
+    for row, size in enumerate(SIZES):
+        for steps, expected in ((1, result.penalty[row]), (0, result.random_divergence[row])):
+            smart = SmartLoss(model, epsilon=size, step_size=size, noise_std=size, steps=steps)
+            penalty = smart(lambda m: m(IDS), noise=size * scaled_noise(model)).penalty
+            assert penalty.item() == pytest.approx(expected, rel=1e-3)
+    gains = [p / r for p, r in zip(result.penalty, result.random_divergence, strict=True)]
+    assert result.ascent_gain == pytest.approx(gains)
+    assert min(gains) > 1.5
+
+
+def test_flips_are_the_changed_predictions() -> None:
+    model = models.build()
+    clean = model(IDS).argmax(-1)
+    result = run(model, epsilons=[1.0, 3.0])
+    seen: list[Tensor] = []
+    model.register_forward_hook(lambda m, a, out: seen.append(out.detach()))
+    for row, size in enumerate((1.0, 3.0)):
+        smart = SmartLoss(model, epsilon=size, step_size=size, noise_std=size)
+        smart(lambda m: m(IDS), noise=size * scaled_noise(model))
+        assert result.flips is not None
+        assert result.flips[row] == pytest.approx((seen[-1].argmax(-1) != clean).float().mean().item())
+    assert result.flips[1] > 0
+
+
+class Signs(nn.Module):
+    """One logit each, small enough for a large perturbation to turn the sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = models.build()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner(ids)[:, :1]
+
+
+def test_flips_of_single_logits_are_changed_signs_and_a_regression_has_none() -> None:
+    binary = diagnose(
+        Signs(), lambda m: m(IDS), embedding="inner.words", divergence="binary_symmetric_kl", epsilons=[1e-3, 5.0]
+    )
+    assert binary.flips is not None
+    assert binary.flips[0] == 0.0 < binary.flips[1]
+    regression = diagnose(Signs(), lambda m: m(IDS), embedding="inner.words", divergence="mse", epsilons=[1e-3, 0.1])
+    assert regression.flips is None
+    assert regression.recommended == (1e-3, 0.1)
+    assert "  -" in str(regression)
+
+
+def test_a_divergence_of_the_users_own() -> None:
+    def doubled(a: Tensor, b: Tensor) -> Tensor:
+        return 2 * symmetric_kl(a, b)
+
+    model = models.build()
+    ours, own = run(model), run(model, divergence=doubled)
+    assert own.penalty == pytest.approx([2 * p for p in ours.penalty], rel=1e-3)
+    assert own.flips == ours.flips
+
+
+def test_rounding_share_and_cosine_follow_the_truth() -> None:
+    """bfloat16 autocast: where the penalty is mostly wrong the share is near 1, where it is right near 0."""
+    model = models.build()
+    with torch.no_grad():
+        model.head.bias[0] = 4.0  # predictions that do not change
+    sizes = (1e-5, 1e-3, 0.1, 0.3)
+    exact = diagnose(
+        models.in_float64(model), lambda m: m(IDS), epsilons=sizes, generator=torch.Generator().manual_seed(0)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        half = run(model, epsilons=sizes)
+    assert max(exact.rounding_share) < 1e-6
+    assert min(exact.direction_cosine) > 0.999
+    assert half.penalty[0] > 100 * exact.penalty[0]
+    assert half.rounding_share[0] > 0.5
+    assert half.direction_cosine[0] < 0.9
+    assert half.penalty[2] == pytest.approx(exact.penalty[2], rel=0.2)
+    assert half.rounding_share[2] < 0.05
+    assert half.direction_cosine[2] > 0.9
+    assert sorted(half.rounding_share, reverse=True) == list(half.rounding_share)
+    assert half.recommended is not None
+    assert half.recommended[0] == 0.1
+    assert exact.recommended is not None
+    assert exact.recommended[0] == 1e-5
+
+
+def test_dropout_share_is_what_other_masks_add() -> None:
+    model = models.build(dropout=0.3)
+    torch.manual_seed(4)
+    result = run(model)
+    shares = result.dropout_share
+    assert shares[0] > 0.99 > shares[-1] > 0
+    between = [share * penalty / (1 - share) for share, penalty in zip(shares, result.penalty, strict=True)]
+    assert between == pytest.approx([between[0]] * len(between), rel=1e-3)  # one D for every ε
+    independent = SmartLoss(model, epsilon=0, dropout="independent")
+    draws = [independent(lambda m: m(IDS)).penalty.item() for _ in range(20)]
+    assert min(draws) / 2 < between[0] < 2 * max(draws)
+    assert run(model.eval()).dropout_share == (0.0,) * len(SIZES)
+
+
+def test_a_mask_and_options_reach_the_search() -> None:
+    model = models.build()
+    mask = torch.ones_like(IDS)
+    mask[:, 3:] = 0
+    assert run(model, mask=mask).penalty[2] < run(model).penalty[2]
+    absolute = run(model, epsilon_scale="absolute")
+    assert absolute.epsilon_scale == "absolute"
+    assert "abs." in str(absolute)
+
+
+def test_default_sizes_are_half_decades() -> None:
+    result = diagnose(models.build(), lambda m: m(IDS))
+    assert len(result.epsilons) == 11
+    assert result.epsilons[0] == pytest.approx(1e-5)
+    assert result.epsilons[-1] == 1.0
+    assert str(result).count("\n") == 12
+
+
+class Counting(models.Encoder):
+    """Has a buffer that counts passes and an attribute that holds the last output."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.1)
+        self.register_buffer("passes", torch.zeros(()))
+        self.last: Tensor | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.passes += 1
+        self.last = super().forward(ids)
+        return self.last
+
+
+def test_nothing_is_left_behind() -> None:
+    torch.manual_seed(5)
+    model, generator = Counting(), torch.Generator().manual_seed(6)
+    state, random, drawn = model.state_dict(), torch.get_rng_state(), generator.get_state()
+    weights = {name: value.clone() for name, value in state.items()}
+    buffer, hooks = model.passes, dict(model.words._forward_hooks)
+    run(model, generator=generator)
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert model.passes is buffer
+    assert model.last is None
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(generator.get_state(), drawn)
+    assert dict(model.words._forward_hooks) == hooks
+
+
+@pytest.mark.parametrize("epsilons", [[], [0.0, 0.1], [float("inf")], [float("nan")]])
+def test_sizes_must_be_above_zero(epsilons: list[float]) -> None:
+    with pytest.raises(ValueError, match="epsilons must be one or more finite numbers above 0"):
+        run(models.build(), epsilons=epsilons)
+
+
+def test_swept_arguments_cannot_be_given() -> None:
+    with pytest.raises(ValueError, match="pass epsilons, not step_size"):
+        run(models.build(), step_size=0.1)
+
+
+def test_inference_mode_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode forbids: use torch\.no_grad"):
+        run(models.build())
+    with torch.no_grad():
+        assert run(models.build()).penalty[0] > 0
+
+
+def test_recommendation_rules() -> None:
+    sizes, growing = (0.01, 0.1, 1.0), (1e-4, 1e-2, 1.0)
+    clear, none = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
+    assert recommended_range(sizes, clear, none, none, growing, 0.9) == (0.01, 1.0)
+    assert recommended_range(sizes, (0.8, 1.0, 1.0), none, none, growing, 0.9) == (0.1, 1.0)
+    assert recommended_range(sizes, clear, (0.2, 0.2, 0.0), none, growing, 0.9) == (1.0, 1.0)
+    assert recommended_range(sizes, clear, none, (0.0, 0.1, 0.2), growing, 0.9) == (0.01, 0.1)
+    assert recommended_range(sizes, clear, none, (0.0, 0.2, 0.0), growing, 0.9) == (0.01, 0.01)
+    assert recommended_range(sizes, clear, none, None, (1e-4, 1e-2, 0.05), 0.9) == (0.01, 0.1)
+    assert recommended_range(sizes, none, none, none, growing, 0.9) is None
+
+
+def test_the_picture() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    result = run(models.build())
+    axes = result.plot()
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert {"penalty", "random noise", "changed predictions", "recommended"} <= set(labels)
+    assert list(axes.get_lines()[0].get_ydata()) == list(result.penalty)
+    _, given = pyplot.subplots()
+    assert result.plot(given) is given
+    pyplot.close("all")
+
+
+def test_without_matplotlib_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def missing(name: str, *args: Any, **options: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return original(name, *args, **options)
+
+    result = run(models.build())
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        result.plot()
+
+
+def test_the_table() -> None:
+    text = str(run(models.build()))
+    assert text.splitlines()[0].split() == [
+        *("epsilon", "(x", "RMS)", "penalty", "random", "gain", "flips", "cosine", "rounding", "dropout")
+    ]
+    assert "recommended: epsilon from" in text

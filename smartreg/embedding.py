@@ -18,7 +18,7 @@ class EmbeddingPass:
     Args:
         perturbations: one for each look-up, in order, or None to record the embeddings by value.
         bases: what to perturb in place of the output of each look-up, which is then looked up for nothing.
-        attached: record the embeddings with their graph; the model gets a copy.
+        attached: record the embeddings with their graph too, where they are not compiled; the model gets a copy.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class EmbeddingPass:
         self.perturbations = None if perturbations is None else list(perturbations)
         self.bases, self.attached = bases, attached
         self.embeddings: list[Tensor] = []
+        self.graphs: list[Tensor] = []  # the same with their graph, if attached
         self.needs_gradient: list[bool] = []  # of each recorded look-up
         self.autocast_dtype: torch.dtype | None = None
         self.lookups = 0
@@ -44,8 +45,12 @@ class EmbeddingPass:
         if self.perturbations is None:
             # By value: some models add positions to the embeddings in place.
             self.needs_gradient.append(output.requires_grad)
-            self.embeddings.append(output if self.attached else output.detach().clone())
-            return output.clone() if self.attached else output
+            if self.attached and not torch.compiler.is_compiling():
+                self.embeddings.append(output.detach())
+                self.graphs.append(output)
+                return output.clone()
+            self.embeddings.append(output.detach().clone())
+            return output
         if index >= len(self.perturbations):
             raise RuntimeError(
                 f"forward must be repeatable: it looked the embedding up {len(self.perturbations)} times in the clean "

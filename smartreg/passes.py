@@ -47,11 +47,21 @@ class ModelPasses:
         self._state = ModuleState(self._module)
         self.record = EmbeddingPass()
 
-    def clean(self) -> tuple[Any, tuple[Tensor, ...]]:
-        """The clean pass, through the wrappers; returns its output and the tensors to compare."""
+    def clean(self, *, attached: bool) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        """The clean pass, through the wrappers.
+
+        Args:
+            attached: return the embeddings with their graph as well, where a perturbed pass may use them.
+
+        Returns:
+            Its output, the tensors to compare, and the embeddings or None.
+        """
+        self.record = EmbeddingPass(attached=attached and self._shared_dropout)
         with self._tap.open(self.record), self._through_wrapper(self.record):
             outputs = self._forward(self._model)
-        return outputs, self._settle(outputs)
+        logits = self._settle(outputs)
+        complete = len(self.record.graphs) == self.record.lookups
+        return outputs, logits, tuple(self.record.graphs) if complete else None
 
     def reference(self, *, autocast: bool = True) -> tuple[Tensor, ...]:
         """The clean output alone, detached: the first pass of a call or a replay of it, its saved tensors dropped.
@@ -87,7 +97,7 @@ class ModelPasses:
             perturbations: one for each look-up.
             freeze: no parameter requires a gradient in this block.
             autocast: False switches the user's autocast off.
-            bases: from `embeddings_as_leaves`, perturbed in place of what the pass looks up.
+            bases: embeddings of the clean pass, perturbed in place of what this pass looks up.
         """
         embedding_pass = EmbeddingPass(perturbations, bases=bases)
         with self._replayed(), frozen(self._module) if freeze else contextlib.nullcontext():
@@ -133,8 +143,7 @@ class ModelPasses:
         with self._random.replayed(), self._state.replayed(keep_attributes=True):
             with self._tap.open(record), self._through_wrapper(record):
                 outputs = self._forward(self._model)
-            embeddings = tuple(record.embeddings) if attached else ()
-            return outputs, compared_tensors(outputs, self._output_to_logits), embeddings
+            return outputs, compared_tensors(outputs, self._output_to_logits), tuple(record.graphs)
 
     @contextlib.contextmanager
     def same_dropout(self, same: bool = True) -> Iterator[None]:

@@ -230,10 +230,13 @@ class SmartLoss(nn.Module):
 
     def _standard(self, passes: ModelPasses, mask: Masks, divergence: Divergence, noise: Noise) -> SmartOutput:
         """Clean graph and perturbed graph live side by side until the user's backward."""
-        outputs, clean = passes.clean()
+        detached = self.settings.detach_reference
+        # The table's dense gradient is made once where both graphs start from one look-up. With a detached reference
+        # the graphs have nothing in common, and each may have a backward of its own.
+        outputs, clean, embeddings = passes.clean(attached=not detached)
         found = self._search(passes, clean, mask, divergence, noise)
-        reference = tuple(c.detach() for c in clean) if self.settings.detach_reference else clean
-        with passes.perturbed(found.perturbations) as perturbed:
+        reference = tuple(c.detach() for c in clean) if detached else clean
+        with passes.perturbed(found.perturbations, bases=embeddings) as perturbed:
             penalty = divergence_of(divergence, perturbed, reference)
         self._record(found, penalty)
         return SmartOutput(outputs, penalty)

@@ -1,4 +1,4 @@
-"""The memory-efficient mode stores the gradient of the embeddings, not the dense one of their table."""
+"""The perturbed pass starts from the embeddings of the clean one, so that their table's dense gradient is made once."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from smartreg import SmartLoss, stored_gradients
 
 
-class InPlace(nn.Module):
+class ChangesEmbeddings(nn.Module):
     """Scales and shifts its embeddings in place, as some models do."""
 
     def __init__(self) -> None:
@@ -22,6 +22,17 @@ class InPlace(nn.Module):
         embedded = self.embedding(ids)
         embedded.mul_(3.0).add_(1.0)
         return self.head(self.dropout(embedded).flatten(1).tanh())
+
+
+def look_ups_in_graph(tensor: Tensor) -> int:
+    """How many look-ups a backward through this tensor would pass."""
+    pending, seen = [tensor.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [following for following, _ in node.next_functions]
+    return sum(node.name().startswith("EmbeddingBackward") for node in seen)
 
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -40,7 +51,7 @@ def gradients(model: nn.Module, **options: object) -> list[Tensor]:
 @pytest.mark.parametrize("trainable", [True, False])
 def test_embeddings_that_are_changed_in_place(dropout: str, trainable: bool) -> None:
     torch.manual_seed(0)
-    model = InPlace().double()
+    model = ChangesEmbeddings().double()
     # A table whose output needs no gradient must not get one.
     model.embedding.weight.requires_grad_(trainable)
     if not trainable:
@@ -63,6 +74,24 @@ def test_the_gradient_of_the_table_is_not_stored(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(stored_gradients.StoredGradients, "attach", record)
     torch.manual_seed(0)
-    gradients(InPlace(), dropout=dropout, memory_efficient=True)
+    gradients(ChangesEmbeddings(), dropout=dropout, memory_efficient=True)
     assert ((50, 4) in stored) == dense
     assert ((2, 3, 4) in stored) != dense
+
+
+@pytest.mark.parametrize(("dropout", "look_ups"), [("shared", 1), ("independent", 2)])
+def test_both_graphs_start_from_one_look_up(dropout: str, look_ups: int) -> None:
+    torch.manual_seed(0)
+    outputs, penalty = SmartLoss(ChangesEmbeddings(), embedding="embedding", dropout=dropout)(lambda m: m(IDS))
+    assert look_ups_in_graph(outputs.sum() + penalty) == look_ups
+
+
+def test_detached_reference_leaves_two_graphs_with_a_backward_each() -> None:
+    torch.manual_seed(0)
+    model = ChangesEmbeddings()
+    outputs, penalty = SmartLoss(model, embedding="embedding", detach_reference=True)(lambda m: m(IDS))
+    assert look_ups_in_graph(penalty) == 1
+    outputs.sum().backward()
+    before = model.embedding.weight.grad.clone()
+    penalty.backward()
+    assert not torch.equal(before, model.embedding.weight.grad)

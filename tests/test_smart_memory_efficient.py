@@ -173,12 +173,32 @@ def test_those_gradients_are_more_than_the_task_loss() -> None:
         assert all(dense(g).abs().max() > 1e-6 for g in gradients(everything).values())
 
 
+class Ignore(torch.autograd.Function):
+    """Has its second argument in the graph, and no gradient for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameter: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None
+
+
 def test_what_no_gradient_reaches_keeps_none() -> None:
     """A search for unused parameters must find them unused: the penalty's node has only leaves with a gradient."""
     model = build()
     model.unused = nn.Linear(2, 2)
     model.ignored = nn.Parameter(torch.ones(()).double())
-    _, penalty = SmartLoss(model, memory_efficient=True)(lambda m: m(IDS, MASK) + (0.0 * m.ignored).detach())
+    smart = SmartLoss(model, memory_efficient=True, detach_reference=True)
+    _, penalty = smart(lambda m: Ignore.apply(m(IDS, MASK), m.ignored))
+    entered, node = [], penalty.grad_fn
+    while node is not None:
+        entered += [leaf for leaf, _ in node.next_functions[1:] if leaf is not None]
+        node = node.next_functions[0][0]
+    leaves = [leaf.variable for leaf in entered if hasattr(leaf, "variable")]
+    assert any(leaf is model.head.weight for leaf in leaves)
+    assert not any(leaf is model.ignored for leaf in leaves)
     penalty.backward()
     assert model.unused.weight.grad is None
     assert model.ignored.grad is None

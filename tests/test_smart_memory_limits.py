@@ -144,6 +144,17 @@ def test_float16_gradients_that_would_vanish_in_the_inner_backward() -> None:
     assert (found[1] - found[0]).norm() < 0.01 * found[0].norm()
 
 
+def test_the_ascent_divides_its_loss_scale_out() -> None:
+    """The normalized ascent feels the length of the gradient."""
+    found = []
+    for dtype in (torch.float64, torch.float16):
+        model = build(dtype=dtype, scale=2.0)
+        smart = SmartLoss(model, ascent="normalized", step_size=100.0, epsilon_scale="absolute")
+        smart(lambda m: m(IDS, MASK), noise=noise)
+        found.append((model.seen[-1] - model.seen[0]).double())
+    assert (found[1] - found[0]).norm() < 0.05 * found[0].norm()
+
+
 def test_loss_scale_is_for_float16_alone() -> None:
     scales, cpu = LossScale(), torch.device("cpu")
     assert scales.get(cpu, torch.float32, torch.bfloat16, None) is None

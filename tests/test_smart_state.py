@@ -122,19 +122,21 @@ def test_nothing_has_changed(steps: int, memory_efficient: bool) -> None:
 
 
 @both_modes
-def test_buffers_start_every_pass_as_before_the_call(memory_efficient: bool) -> None:
+def test_buffers_and_attributes_start_every_pass_as_before_the_call(memory_efficient: bool) -> None:
     model, seen = make(), []
 
     def forward(m: Stateful) -> Tensor:
-        seen.append((int(m.calls), m.average.clone()))
+        seen.append((int(m.calls), m.average.clone(), m.auxiliary))
         return m(IDS)
 
     call(model, forward)
     call(model, forward, memory_efficient=memory_efficient)
-    assert [count for count, _ in seen] == [0, 0, 0] + [1] * (4 if memory_efficient else 3)
-    assert all(torch.equal(average, seen[0][1]) for _, average in seen[:3])
-    assert all(torch.equal(average, seen[3][1]) for _, average in seen[3:])
+    assert [count for count, _, _ in seen] == [0, 0, 0] + [1] * (4 if memory_efficient else 3)
+    assert all(torch.equal(average, seen[0][1]) for _, average, _ in seen[:3])
+    assert all(torch.equal(average, seen[3][1]) for _, average, _ in seen[3:])
     assert not torch.equal(seen[0][1], seen[3][1])
+    assert [attribute for _, _, attribute in seen[:3]] == ["before"] * 3
+    assert all(attribute is seen[3][2] for _, _, attribute in seen[3:])
     assert int(model.calls) == 2
 
 

@@ -58,10 +58,11 @@ def test_without_an_ascent_the_start_is_the_end() -> None:
     assert smart.stats.ascent_gain != smart.stats.ascent_gain  # 0 / 0: not a number
 
 
-def test_largest_perturbation_is_that_of_any_look_up() -> None:
+@pytest.mark.parametrize("order", [1, -1])
+def test_largest_perturbation_is_that_of_any_look_up(order: int) -> None:
     smart = SmartLoss(build(sentences=2), steps=0, epsilon=9.0)
     small, large = (torch.full((4, 5, FEATURES), size, dtype=torch.float64) for size in (0.01, 0.02))
-    smart(lambda m: m.compare(IDS, None, IDS, None), noise=[-large, small])
+    smart(lambda m: m.compare(IDS, None, IDS, None), noise=[-large, small][::order])
     assert smart.stats.max_perturbation == pytest.approx(0.02, rel=1e-12)
 
 
@@ -146,6 +147,25 @@ def test_noise_that_is_kept_is_projected_all_the_same() -> None:
     model.embedding.register_forward_hook(spoiled(float("nan"), [False, True, False, False]))
     smart(lambda m: m(IDS), noise=lambda x: torch.full_like(x, 0.7))
     assert perturbations(model)[1][0][1].abs().max().item() == pytest.approx(0.5, rel=1e-12)
+
+
+def test_an_example_that_was_bad_in_one_step_is_counted() -> None:
+    model, calls = build(), []
+
+    def hook(module: Any, args: Any, embedded: Tensor) -> None:
+        if embedded.requires_grad and not module.weight.requires_grad:
+            calls.append(None)
+            if len(calls) == 1:
+                embedded.register_hook(lambda g: torch.where(torch.arange(4).view(-1, 1, 1) == 2, torch.nan, g))
+
+    smart = SmartLoss(model, steps=3)
+    model.embedding.register_forward_hook(hook)
+    smart(lambda m: m(IDS), noise=noise)
+    assert len(calls) == 3
+    assert smart.stats.bad_examples == 1
+    start, first, second, _ = perturbations(model)
+    torch.testing.assert_close(first[0][2], start[0][2], rtol=0, atol=1e-15)
+    assert (second[0][2] - first[0][2]).abs().max() > 1e-3  # and goes on with the next step
 
 
 @pytest.mark.parametrize("lookup", [0, 1])

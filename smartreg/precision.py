@@ -74,7 +74,7 @@ class PrecisionCheck:
             return
         self._looked.add(key)
         dtypes = [autocast, embeddings.dtype, *(tensor.dtype for tensor in clean)]
-        fine = resolution(embeddings.device, [None if d is autocast else d for d in dtypes])
+        fine = resolution(embeddings.device, [embeddings.dtype])
         coarse = resolution(embeddings.device, dtypes)
         ascent = coarse if settings.ascent_autocast else fine
         asked = {"noise_std": (_noise_size(neighbourhoods, start), ascent if settings.steps else coarse)}
@@ -184,19 +184,22 @@ def smallest_useful(
     """The size of a perturbation, in root mean squares of the embeddings, at which the cosine is `REQUIRED_COSINE`.
 
     Returns:
-        The size, from the smallest rung of the ladder whose agreement is more than chance (the least curved one);
-        infinity if there is none; None if nothing could be judged.
+        The size, the geometric mean of what the two smallest rungs of the ladder tell whose agreement is more than
+        chance (larger ones are curved); infinity if there is none; None if nothing could be judged.
     """
     unit = resolution(neighbourhoods[0].embeddings.device, dtypes)
-    found: float | None = None
+    wanted = 2.0 * REQUIRED_COSINE**2 / (1.0 - REQUIRED_COSINE**2)
+    judged, told = False, []
     for factor in _LADDER:  # all of it, whatever comes out: the number of passes must not depend on the data
         size = factor * unit
         scaled_directions = [size * direction for direction in directions]
         c = agreement(run, reference, scaled_directions, neighbourhoods, divergence, loss_scale, dtypes)
-        if c is not None and (found is None or math.isinf(found)):
-            wanted = 2.0 * REQUIRED_COSINE**2 / (1.0 - REQUIRED_COSINE**2)
-            found = size * math.sqrt(wanted / _signal_to_rounding(c)) if c >= _INFORMATIVE else math.inf
-    return found
+        judged = judged or c is not None
+        if c is not None and c >= _INFORMATIVE:
+            told.append(size * math.sqrt(wanted / _signal_to_rounding(c)))
+    if not judged:
+        return None
+    return math.prod(told[:2]) ** (1.0 / len(told[:2])) if told else math.inf
 
 
 def _signal_to_rounding(agreement: float) -> float:

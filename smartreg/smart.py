@@ -248,7 +248,8 @@ class SmartLoss(nn.Module):
             reference = tuple(r.detach() for r in reference)
         found = self._search(passes, reference, mask, divergence, noise)
         mark = graph_mark()
-        leaves = passes.embeddings_as_leaves()
+        # With a detached reference the penalty stays apart from the clean graph, as in the standard mode.
+        leaves = None if self.settings.detach_reference else passes.embeddings_as_leaves()
         with passes.perturbed(found.perturbations, bases=leaves) as perturbed:
             value = divergence_of(divergence, perturbed, reference)
             scale = self._loss_scale.get(value.device, *_dtypes(passes, perturbed))

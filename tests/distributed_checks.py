@@ -204,6 +204,9 @@ def check_fully_shard() -> Iterator[tuple[str, Any]]:
     penalty = backward(smart, mine(ids), mine(noise))
     yield "fully_shard", differences(model, penalty, single())
     yield "fully_shard, flags", all(p.requires_grad for p in model.parameters())
+    model.zero_grad()
+    penalty = backward(SmartLoss(model, memory_efficient=True), mine(ids), mine(noise))
+    yield "fully_shard, memory-efficient", differences(model, penalty, single())
 
     lone = MomentumBregman(lone_model, beta=0.5, teacher=lone_teacher)
     for step in range(2):

@@ -209,14 +209,14 @@ def test_copies_of_a_compiled_model_and_compiled_copies_of_a_hooked_one() -> Non
 
     smart(forward)
     wanted = model(ids)
-    expected = SmartLoss(reader())(lambda m: m(ids), noise=noise_for(ids)).penalty
+    expected = SmartLoss(reader(), steps=0)(lambda m: m(ids), noise=noise_for(ids)).penalty
     copies += [copy.deepcopy(wrapped), pickle.load(io.BytesIO(pickled[0]))]
     for other in copies:
         torch._dynamo.reset()  # all of them share the code, and so the limit on its graphs
         run = other if other is copies[1] else compiled(other)
         assert torch.equal(run(ids), wanted)
         # What is left of the first hook makes the compiler look at the hooks, so the new one is seen.
-        found = SmartLoss(run)(lambda m: m(ids), noise=noise_for(ids)).penalty
+        found = SmartLoss(run, steps=0)(lambda m: m(ids), noise=noise_for(ids)).penalty
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 

@@ -79,6 +79,7 @@ def test_compile_goes_inside_the_wrapper(ranks: list[Any]) -> None:
 def test_fully_shard_gives_the_gradients_of_the_whole_model(ranks: list[Any]) -> None:
     for rank in ranks:
         assert_equal_to_one_process(rank["fully_shard"])
+        assert_equal_to_one_process(rank["fully_shard, memory-efficient"])
         assert rank["fully_shard, flags"]
 
 

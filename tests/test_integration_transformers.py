@@ -294,16 +294,19 @@ def test_a_deep_copy_and_a_saved_model_carry_no_switch() -> None:
     copies: list[nn.Module] = []
     file = io.BytesIO()
 
+    wanted = model(**inputs).logits
+
     def forward(m: nn.Module) -> Any:
         if not copies:  # in the middle of a pass
             copies.append(copy.deepcopy(m))
             torch.save(m, file)
+        assert torch.equal(copies[0](**inputs).logits, wanted)  # in the perturbed passes as well
         return m(**inputs)
 
     smart(forward)
+    assert b"smartreg" not in file.getvalue()  # it loads where the package is not installed
     file.seek(0)
     copies.append(torch.load(file, weights_only=False))
-    wanted = model(**inputs).logits
     for other in copies:
         assert torch.equal(other(**inputs).logits, wanted)
         penalty = SmartLoss(other)(lambda m: m(**inputs)).penalty

@@ -109,6 +109,12 @@ def spectral_norm() -> Scene:
     return scene
 
 
+def dropout_inside_the_embedding(dropout: str) -> Scene:
+    scene = plain(build(), dropout=dropout)
+    scene[0].embedding = nn.Sequential(scene[0].embedding, nn.Dropout(0.3))
+    return scene
+
+
 SCENES: dict[str, Callable[[], Scene]] = {
     "plain": lambda: plain(build(dropout=0.2)),
     "no steps": lambda: plain(build(dropout=0.2), steps=0),
@@ -124,6 +130,8 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "batch norm": batch_norm,
     "two look-ups": two_look_ups,
     "outside head": outside_head_and_temperature,
+    "dropout inside, shared": lambda: dropout_inside_the_embedding("shared"),
+    "dropout inside, independent": lambda: dropout_inside_the_embedding("independent"),
     "two outputs": two_outputs,
     "spectral norm": spectral_norm,
 }

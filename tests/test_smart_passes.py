@@ -141,15 +141,32 @@ class InPlace(Sentence):
         return torch.tanh(self.hidden(embedded) / 100).mean(dim=1)
 
 
-def test_embeddings_are_recorded_by_value() -> None:
+@pytest.mark.parametrize("options", [{}, {"memory_efficient": True}, {"dropout": "independent"}])
+def test_embeddings_are_recorded_by_value(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = InPlace().double()
     recorded = []
-    smart = SmartLoss(model, epsilon=0.5, steps=0)
+    smart = SmartLoss(model, epsilon=0.5, steps=0, **options)
     smart(lambda m: m(IDS), noise=lambda x: (recorded.append(x), torch.full_like(x, 9.0))[1])
     assert torch.equal(recorded[0], model.embedding(IDS))
     rms = model.embedding(IDS).square().mean(dim=(1, 2)).sqrt()  # and the radius is theirs, not that of 100
     torch.testing.assert_close(perturbations(model)[0][0].amax(dim=(1, 2)), 0.5 * rms, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True], ids=["standard", "efficient"])
+def test_with_a_detached_reference_each_has_a_backward_of_its_own(memory_efficient: bool) -> None:
+    model = build()
+    smart = SmartLoss(model, detach_reference=True, memory_efficient=memory_efficient)
+    outputs, penalty = smart(lambda m: m(IDS), noise=torch.full((*IDS.shape, FEATURES), 0.01))
+    outputs.sum().backward()
+    penalty.backward()
+    twin = build()
+    outputs, penalty = SmartLoss(twin, detach_reference=True)(
+        lambda m: m(IDS), noise=torch.full((*IDS.shape, FEATURES), 0.01)
+    )
+    (outputs.sum() + penalty).backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("given", ["name", "module", "told"])

@@ -2,8 +2,8 @@
 
     python worker.py '{"case": "variants", "variant": "plain", ...}'
 
-Each line of input is a command: `peak` or `allocated` (memory of a call, in bytes), `seconds` (of a call) or `result` (what a call
-returns). Each answer is a line of JSON.
+Each line of input is a command: `peak` or `allocated` (memory of a call, in bytes), `seconds` (of a call) or `result`
+(what a call returns). Each answer is a line of JSON.
 """
 
 from __future__ import annotations

@@ -122,14 +122,14 @@ def test_defective_data(
         (["--max-length", "200"], "--max-length 200: the encoder has 128 positions"),
         (["--resume"], "--resume: name the run to go on with, as --output-dir"),
         (["--split", "test"], "--split: goes with --evaluate only"),
-        (["--init-from", "no/such/run"], "no/such/run"),
+        (["--init-from", "no/such/run"], "--init-from no/such/run: no such folder"),
         (["--unheard-of"], "unrecognized arguments: --unheard-of (see --help)"),
     ],
 )
 def test_wrong_flags(
     arguments: list[str], message: str, encoder: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    if arguments[0] not in ("--encoder", "--resume"):
+    if arguments[0] not in ("--encoder", "--resume", "--init-from"):
         arguments = ["--encoder", str(encoder), *arguments]
     if arguments[0] != "--resume":
         arguments = ["--output-dir", str(tmp_path / "run"), *arguments]

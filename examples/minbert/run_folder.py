@@ -93,6 +93,7 @@ def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
 def encoder_source(settings: Settings) -> Path:
     """The folder that the encoder's configuration, weights and tokenizer come from."""
     if settings.init_from is not None:
+        saved_settings(Path(settings.init_from), "--init-from")
         return Path(settings.init_from) / "encoder"
     return resolve_encoder(settings.encoder)
 

@@ -58,8 +58,14 @@ def test_every_configuration_and_option(config: str, option: str, encoder: Path,
     assert same == (option == "pretrain")
 
 
-def test_baseline_is_evaluated_on_all_three_tasks(encoder: Path, tmp_path: Path) -> None:
+def test_baseline_is_evaluated_on_all_three_tasks(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     metrics = run(tmp_path / "run", encoder, "--config", "baseline")
+    out = capsys.readouterr().out
+    assert "sst (n=20)" in out
+    assert "para* (n=20)" in out
+    assert "*: not trained on." in out
     assert list(metrics["dev"]) == ["sst", "para", "sts"]
     assert list(metrics["epochs"][0]["losses"]) == ["sst"]
     assert metrics["dev"]["para"]["n"] == 20

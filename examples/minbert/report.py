@@ -11,7 +11,7 @@ from .distributed import Place
 from .settings import CONFIGS, Settings
 from .tasks import TASKS
 
-LEGEND = "Pearson of a constant answer is 0 by convention; nll: negative log-likelihood per example, lower is better."
+LEGEND = "Pearson of a constant answer counts as 0. nll: negative log-likelihood per example, lower is better."
 
 
 def print_header(console: Console, settings: Settings, place: Place, encoder: str, folder: object) -> None:
@@ -38,7 +38,7 @@ def print_data(console: Console, files: dict[str, list[Split]], sets: dict[str, 
 def closing_table(metrics: dict[str, Any], settings: Settings) -> Table:
     """Baseline, untrained and trained metrics side by side."""
     table = Table(title=f"dev, {settings.config} after epoch {len(metrics['epochs'])}", title_justify="left")
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     table.add_column("metric")
     for name in ("majority / mean", "untrained", "trained", "on train", "gap"):
         table.add_column(name, justify="right")
@@ -50,12 +50,11 @@ def closing_table(metrics: dict[str, Any], settings: Settings) -> Table:
             values = [metrics[key][name][row] for key in ("baseline", "untrained", "dev")]
             train = last["train"][name][row]
             gap = last["gap"][name] if row == task.metric else None
-            label = f"{name} (n={metrics['dev'][name]['n']})" if row == task.metric else ""
-            if row == task.metric and name not in settings.train_tasks:
-                label += " not trained on"
+            star = "" if name in settings.train_tasks else "*"
+            label = f"{name}{star} (n={metrics['dev'][name]['n']})" if row == task.metric else ""
             trained = f"[bold]{number(values[2])}[/]"
             table.add_row(label, row, number(values[0]), number(values[1]), trained, number(train), number(gap, ""))
-    table.caption = LEGEND
+    table.caption = LEGEND + ("" if set(settings.tasks) == set(settings.train_tasks) else " *: not trained on.")
     table.caption_justify = "left"
     return table
 

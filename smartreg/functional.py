@@ -51,8 +51,19 @@ def smoothness_penalty(
             perturbed passes can have, so that it needs `dropout="independent"`. None: the clean pass runs here.
         mask: (batch, ...), 1 or True where `embeds` may be perturbed.
         noise: ν, a tensor of the shape of `embeds`, or a function from `embeds` to it. None draws it.
-        divergence, epsilon, step_size, noise_std, steps, norm, norm_over, epsilon_scale, ascent, dropout,
-            detach_reference, output_to_logits, generator: as in `SmartLoss`, with the same defaults.
+        divergence: ℓ_s. This and all that follow are as in `SmartLoss`, with the same defaults.
+        epsilon: ε.
+        step_size: η.
+        noise_std: σ.
+        steps: Ascent steps.
+        norm: p.
+        norm_over: What one norm is taken over.
+        epsilon_scale: The unit of ε, η and σ.
+        ascent: The update.
+        dropout: Whether the passes share their masks.
+        detach_reference: No gradient through the clean output.
+        output_to_logits: From what `fn` returned to the tensors to compare.
+        generator: Draws the noise.
 
     Returns:
         `outputs`, the clean output, and `penalty`, a scalar.

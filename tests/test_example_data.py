@@ -97,7 +97,8 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
 
 
 def test_a_byte_order_mark_is_not_a_column(tmp_path: Path) -> None:
-    assert len(read_file(write(tmp_path, "\ufeff" + HEAD + rows(2)), SST).examples) == 2
+    text = "\ufeffid\tsentence\tsentiment\na1\tA film .\t3\n"  # here the mark would become part of "id"
+    assert len(read_file(write(tmp_path, text), SST).examples) == 1
 
 
 def test_splits_and_their_files(tmp_path: Path) -> None:

@@ -285,6 +285,29 @@ def test_every_term_of_the_loss_is_there_for_every_task(task: str, efficient: bo
     assert net.get_input_embeddings().weight.grad is not None
 
 
+def test_each_task_has_the_divergence_of_its_outputs() -> None:
+    net = model(dropout=0.0).train()
+    objective = Objective(net, net, Settings(config="t-bregman"), total_updates=10)
+    assert objective.bregman is not None
+    net.eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    for name in TASKS:
+        made = batch(name)
+        ours, theirs = (m(name, made.sentences, made.masks).detach().double() for m in (net, objective.bregman.teacher))
+        if name == "sts":
+            expected = (ours - theirs).square().mean()
+        elif name == "para":  # each logit on its own, never a softmax over the batch
+            expected = ((ours.sigmoid() - theirs.sigmoid()) * (ours - theirs)).mean()
+        else:
+            p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
+            expected = ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
+        proximal = objective(made, step=0).proximal
+        assert proximal is not None
+        assert proximal.item() == pytest.approx(expected.item(), rel=1e-4), name
+
+
 def test_the_teacher_moves_every_inner_steps() -> None:
     net = model()
     objective = Objective(net, net, Settings(config="t-bregman", inner_steps=3, beta=0.5), total_updates=10)

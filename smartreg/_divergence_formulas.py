@@ -28,7 +28,12 @@ def log_ratio(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     absent = (a == -math.inf) & (b == -math.inf)
     a, b = a.masked_fill(absent, floor), b.masked_fill(absent, floor)
     p, q = a.softmax(-1), b.softmax(-1)
-    u = (a - b) - (a.logsumexp(-1, keepdim=True) - b.logsumexp(-1, keepdim=True))
+    # Relative to the largest logits, so that a high level of the logits costs no digits: constants for autograd, since
+    # adding and subtracting them cancels.
+    with torch.no_grad():
+        top_a, top_b = a.amax(-1, keepdim=True), b.amax(-1, keepdim=True)
+    normaliser_a, normaliser_b = (a - top_a).logsumexp(-1, keepdim=True), (b - top_b).logsumexp(-1, keepdim=True)
+    u = (a - b) - (top_a - top_b) - (normaliser_a - normaliser_b)
     # The normalisers carry a rounding error of their own size (1e-6 for 10 in float32), one number a position, however
     # small a - b is. Where u is small, sum(p - q), which is 0, comes out as just this error. A constant for autograd:
     # as a function of the logits it is 0 everywhere.

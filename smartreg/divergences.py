@@ -217,9 +217,8 @@ def is_builtin(divergence: Divergence) -> bool:
         >>> is_builtin(partial(mse, reduction="sum")), is_builtin(lambda a, b: (a - b).abs().sum())
         (True, False)
     """
-    while isinstance(divergence, partial):
-        divergence = divergence.func
-    return any(divergence is builtin for builtin in BUILTIN.values())
+    function = divergence.func if isinstance(divergence, partial) else divergence
+    return any(function is builtin for builtin in BUILTIN.values())
 
 
 def _over_classes(

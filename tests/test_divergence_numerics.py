@@ -167,8 +167,9 @@ def test_autocast_changes_nothing(name):
 
 @pytest.mark.parametrize("name", OVER_CLASSES, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_class_masked_out_of_both_contributes_nothing(name, dtype):
-    a, b = pair(3, 4, dtype=dtype)
+@pytest.mark.parametrize("level", [0.0, -2e4])
+def test_a_class_masked_out_of_both_contributes_nothing(name, dtype, level):
+    a, b = (tensor.detach().add(level).requires_grad_() for tensor in pair(3, 4, dtype=dtype))
     minus_inf = torch.full((3, 2), -math.inf, dtype=dtype)
     wide = [torch.cat([tensor.detach(), minus_inf], dim=-1).requires_grad_() for tensor in (a, b)]
     value, expected = BUILTIN[name](*wide), BUILTIN[name](a, b)

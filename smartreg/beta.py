@@ -27,7 +27,7 @@ def paper_beta(total_steps: int) -> Callable[[int], float]:
         [0.99, 0.99, 0.999, 0.999]
 
     Reference:
-        Jiang et al. 2020, SMART, doi 10.18653/v1/2020.acl-main.197, section 4.1.
+        Jiang et al. 2020, SMART, doi 10.18653/v1/2020.acl-main.197, implementation details.
     """
     if isinstance(total_steps, bool) or not isinstance(total_steps, Integral):
         raise TypeError(f"total_steps must be an int, got {total_steps!r}")

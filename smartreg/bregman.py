@@ -77,7 +77,7 @@ class MomentumBregman(nn.Module):
         1.0000
 
     Reference:
-        Jiang et al. 2020, SMART, doi 10.18653/v1/2020.acl-main.197, equation 5 and Algorithm 1.
+        Jiang et al. 2020, SMART, doi 10.18653/v1/2020.acl-main.197, section 3.2 and Algorithm 1.
     """
 
     beta: float | Callable[[int], float]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,6 @@ class Teacher:
         self._pairs: dict[str, Pair] = {}
         with _ordinary_tensors():
             self.module = frozen_copy(self.model) if module is None else _checked(self.model, module)
-            self.module.requires_grad_(False).eval()
             for name, (student, own) in list(self.pairs().items()):
                 if not student.requires_grad and can_share(student, own):
                     self._share(name)
@@ -223,9 +221,6 @@ class Teacher:
         student, own = self._pairs[name]
         self._layouts[1].replace(own, parameter)
         self._pairs[name] = Pair(student, parameter)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layouts": (), "_pairs": {}}  # made anew where a copy is used
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from smartreg.bregman import MomentumBregman
+from smartreg.sharing import frozen_copy
 
 
 class Tied(nn.Module):
@@ -67,6 +68,19 @@ def test_frozen_parameters_are_shared_and_the_rest_is_all_the_memory() -> None:
     with torch.no_grad():
         model[0].weight.fill_(0.5)
     assert (bregman.teacher[0].weight == 0.5).all()
+
+
+def test_what_is_frozen_is_never_copied_even_while_the_teacher_is_made() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    nn.init.constant_(model[0].weight, torch.nan)  # equal to nothing, so that it cannot be found equal later
+    for teacher in (frozen_copy(model), MomentumBregman(model).teacher):
+        for name, parameter in model.named_parameters():
+            own = teacher.get_parameter(name)
+            assert own is not parameter
+            assert (own.data_ptr() == parameter.data_ptr()) == (not parameter.requires_grad)
+        for name, buffer in model.named_buffers():
+            assert teacher.get_buffer(name) is buffer
 
 
 def test_lora_costs_the_adapters_alone() -> None:

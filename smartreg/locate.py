@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from smartreg.pairing import innermost
+
 _COMPILED = torch._dynamo.OptimizedModule
 
 
@@ -28,8 +30,7 @@ def without_ddp(model: nn.Module) -> nn.Module:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own module: no `DistributedDataParallel`, no `torch.compile`."""
-    module = without_ddp(model)
-    return module._orig_mod if isinstance(module, _COMPILED) else module
+    return innermost(without_ddp(model))
 
 
 def is_compiled(model: nn.Module) -> bool:

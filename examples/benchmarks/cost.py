@@ -17,7 +17,7 @@ from measure import WorkerError
 from meter import method
 from report import show, write
 from rich.console import Console
-from sections import SECTIONS, Run
+from sections import AXES, SECTIONS, Run
 
 QUICK = {
     "size": "tiny",
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="tiny shapes, in seconds: a test of the command, no measurement"
     )
     made.add_argument("--sections", type=_sections, help=f"comma-separated, of {', '.join(SECTIONS)} (default: all)")
+    made.add_argument("--axes", type=_axes, default=AXES, help=f"of the grid, any of {', '.join(AXES)} (default: all)")
     made.add_argument("--rounds", type=int, help="how often each time is taken (default: 5; 2 with --quick)")
     made.add_argument(
         "--memory", choices=MEMORY, default="resident", help="resident memory, or what torch's CPU allocator counts"
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     rounds = options.rounds or (2 if options.quick else 5)
     shapes = QUICK if options.quick else {}
+    shapes = {**shapes, "axes": options.axes}
     run = Run(options.device, options.threads, rounds, lambda text: console.log(text), MEMORY[options.memory], **shapes)
     names = options.sections or [name for name in SECTIONS if not (options.quick and name in LEFT_OUT_OF_QUICK)]
     settings = {"device": run.device, "threads": run.threads, "rounds": rounds, "dtype": "float32", "model": run.size}
@@ -79,10 +81,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _sections(value: str) -> list[str]:
-    names = value.split(",")
-    if unknown := [name for name in names if name not in SECTIONS]:
-        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; expected any of {', '.join(SECTIONS)}")
+def _sections(value: str) -> tuple[str, ...]:
+    return _chosen(value, tuple(SECTIONS))
+
+
+def _axes(value: str) -> tuple[str, ...]:
+    return _chosen(value, AXES)
+
+
+def _chosen(value: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(value.split(","))
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; expected any of {', '.join(known)}")
     return names
 
 

@@ -13,6 +13,8 @@ from fit import largest_batch
 from measure import ask_once, compare
 from variants import ALL, EFFICIENT, PEER, PLAIN, STANDARD
 
+AXES = ("main", "batch", "length", "steps")
+
 Row = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -31,6 +33,7 @@ class Run:
         limit: bytes in which the largest batch must fit; 0 leaves the table out.
         say: where progress is told.
         gauge: how memory is weighed, `peak` or `allocated`.
+        axes: which parts of the grid to measure.
     """
 
     device: str
@@ -47,6 +50,7 @@ class Run:
     logits: tuple[int, int] = (2048, 32000)
     limit: int = 2 * 2**30
     fit_length: int = 32
+    axes: tuple[str, ...] = AXES
     shared: Row = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,13 +62,15 @@ class Run:
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, int], int]]:
         """The main shape, and then along batch (short sentences), length (few sentences) and ascent steps."""
-        yield "main", self.main, 1
-        for batch in self.batches:
-            yield "batch", (batch, min(self.lengths)), 1
-        for length in self.lengths:
-            yield "length", (min(self.batches), length), 1
-        for steps in self.steps:
-            yield "steps", self.small, steps
+        along = {
+            "main": [(self.main, 1)],
+            "batch": [((batch, min(self.lengths)), 1) for batch in self.batches],
+            "length": [((min(self.batches), length), 1) for length in self.lengths],
+            "steps": [(self.small, steps) for steps in self.steps],
+        }
+        for axis in self.axes:
+            for shape, steps in along[axis]:
+                yield axis, shape, steps
 
 
 def agreement(run: Run) -> list[Row]:

@@ -41,6 +41,14 @@ def test_blocks_are_the_way_of_large_logits_only(monkeypatch):
     assert used == [16 * 256, 64 * 256]
 
 
+def test_ordinary_blocks_on_a_cpu_never_take_the_formulas(monkeypatch):
+    a, b = pair(5, 7)
+    for name in ("symmetric_kl", "symmetric_kl_gradients"):
+        monkeypatch.setattr(blockwise, name, lambda a, b: pytest.fail("an ordinary block went the long way"))
+    value = blockwise.blockwise_symmetric_kl(a, b, None).sum()
+    torch.autograd.grad(value, (a, b))
+
+
 class Allocations(TorchDispatchMode):
     """The sizes in bytes of all storages that operations return."""
 

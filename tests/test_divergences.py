@@ -112,12 +112,16 @@ def test_value_and_gradients_are_accurate_however_small_the_difference(name, dis
 
 
 @pytest.mark.parametrize("name", ["symmetric_kl", BLOCKS], indirect=True)
-def test_a_shift_of_the_logits_is_no_difference(name):
-    # 1,000 is representable and the logits keep 13 bits of fraction: exactly representable sums, tiny differences.
+@pytest.mark.parametrize("shift", [0.0, 30.0, 1000.0])
+def test_a_shift_of_the_logits_is_no_difference(name, shift):
+    # Multiples of 2^-14 below 1,024 are exact in float32: the shift loses nothing before the divergence sees it.
     a = (logits(6, 7) * 2**8).round() / 2**8
-    b = a + (logits(6, 7, seed=1) * 4).round() / 2**10
-    shifted = symmetric_kl(a.float() + 1000.0, b.float())
-    torch.testing.assert_close(shifted.double(), symmetric_kl(a, b), rtol=1e-3, atol=0.0)
+    b = a + (logits(6, 7, seed=1) * 4).round() / 2**14
+    single, double = leaves(a.float() + shift, b.float()), leaves(a, b)
+    value, exact = symmetric_kl(*single), symmetric_kl(*double)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=0.0)
+    for ours, truth in zip(torch.autograd.grad(value, single), torch.autograd.grad(exact, double), strict=True):
+        assert (ours - truth).norm() <= 1e-4 * truth.norm()
 
 
 # Properties
@@ -162,6 +166,13 @@ def test_exact_value_zero_is_given_at_any_size_of_logits(name):
     assert BUILTIN[name](a, a) == 0.0
     if name in ("symmetric_kl", "kl"):
         torch.testing.assert_close(BUILTIN[name](a, -a), torch.tensor(4e4 if name == "symmetric_kl" else 2e4))
+
+
+@pytest.mark.parametrize("name", ["symmetric_kl", BLOCKS], indirect=True)
+def test_not_negative_where_rounding_is_all_there_is(name):
+    a = logits(200, 3, dtype=torch.float32)
+    shifted = a + logits(200, 1, seed=1, scale=20.0, dtype=torch.float32)
+    assert (symmetric_kl(a, shifted, reduction="none") >= 0).all()
 
 
 # Masks

@@ -39,8 +39,8 @@ def blockwise_symmetric_kl(a: Tensor, b: Tensor, keep: Tensor | None) -> Tensor:
     """
     # The gradients come cheapest with the values, when all that they need is in the cache. Half precision waits for the
     # backward pass: small gradients have to be multiplied by the scale of the loss before they are rounded.
-    full_precision = _compute_dtype(a, b) in (a.dtype, b.dtype) and torch.is_grad_enabled()
-    store_a, store_b = (full_precision and logits.requires_grad for logits in (a, b))
+    dtype = _compute_dtype(a, b)
+    store_a, store_b = (torch.is_grad_enabled() and x.requires_grad and x.dtype == dtype for x in (a, b))
     values: Tensor
     values, _, _ = _BlockwiseSymmetricKL.apply(a, b, keep, store_a, store_b)  # type: ignore[no-untyped-call]  # torch's
     return values

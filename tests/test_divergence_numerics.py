@@ -154,9 +154,9 @@ def test_half_precision_is_computed_in_float32(name, dtype, distance):
 
 @pytest.mark.parametrize("name", ["symmetric_kl", BLOCKS], indirect=True)
 def test_a_half_beside_a_float32_is_scaled_before_it_is_rounded(name):
-    a, b = pair(40, 7, distance=1e-4, dtype=torch.float32)
-    a = a.detach().half().requires_grad_()
-    b = (a.detach() + 1e-4 * b.detach()).requires_grad_()
+    a, b = (tensor.detach() for tensor in pair(40, 7, dtype=torch.float32))
+    a = a.half().requires_grad_()
+    b = (a.detach() + 1e-6 * b).requires_grad_()  # gradients near the smallest float16, 6e-8, but for the scale
     wide = a.detach().float().requires_grad_()
     gradient = torch.autograd.grad(2.0**16 * symmetric_kl(a, b), a)[0]
     truth = torch.autograd.grad(2.0**16 * symmetric_kl(wide, b), wide)[0]

@@ -14,6 +14,7 @@ from tables import TABLES
 from variants import ALL
 
 COLOURS = dict(zip(ALL, ("#666666", "#d95f02", "#1b9e77", "#7570b3"), strict=True))
+FOLLOWED = ("batch", "length", "steps")
 CLAIMS = ("claim", "bound", "measured", "holds")
 
 
@@ -27,12 +28,12 @@ def show(console: Console, results: Mapping[str, Any]) -> None:
 
 
 def write(folder: Path, results: Mapping[str, Any]) -> list[Path]:
-    """Write `cost.json`, `cost.md` and, where there is a grid, `cost.png`; returns their paths."""
+    """Write `cost.json`, `cost.md` and, where cost was followed along an axis, `cost.png`; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "cost.json", folder / "cost.md"]
     paths[0].write_text(json.dumps({**results, "claims": claims(results)}, indent=1) + "\n", encoding="utf-8")
     paths[1].write_text(_markdown(results), encoding="utf-8")
-    if results.get("grid"):
+    if any(row["axis"] in FOLLOWED for row in results.get("grid", [])):
         paths.append(folder / "cost.png")
         _plot(results["grid"], paths[-1])
     return paths
@@ -70,7 +71,7 @@ def _plot(grid: Sequence[Mapping[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    axes = [axis for axis in ("batch", "length", "steps") if any(row["axis"] == axis for row in grid)]
+    axes = [axis for axis in FOLLOWED if any(row["axis"] == axis for row in grid)]
     figure, panels = plt.subplots(2, len(axes), figsize=(3.4 * len(axes), 5.2), sharey="row", squeeze=False)
     for column, axis in enumerate(axes):
         for line, (key, label) in enumerate((("times", "time"), ("times_bytes", "peak memory"))):

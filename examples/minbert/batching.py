@@ -4,6 +4,7 @@ An epoch is a list of steps; a step is a task and the rows it trains on. The lis
 so a resumed run rebuilds it and skips to its position, and every process of a distributed run knows all of it.
 """
 
+import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,14 @@ def tokenize(split: Split, tokenizer: SentenceTokenizer) -> TokenSet:
     labels = [row.label for row in split.examples if row.label is not None]
     ids = [row.id for row in split.examples]
     return TokenSet(split.task, ids, tokens, labels if split.labelled else None, full)
+
+
+def fingerprint(sets: Mapping[str, TokenSet]) -> str:
+    """A hash of training sets, by which a resumed run knows its data."""
+    digest = hashlib.sha256()
+    for name, data in sets.items():
+        digest.update(repr((name, data.ids, data.tokens, data.labels)).encode())
+    return digest.hexdigest()
 
 
 def collate(data: TokenSet, rows: Sequence[int], pad_id: int, device: torch.device) -> Batch:

@@ -1,6 +1,5 @@
 """The training loop: steps, epochs, checkpoints, and going on where a stopped run left off."""
 
-import hashlib
 import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import checkpoint
-from .batching import Step, TokenSet, collate, epoch_steps, micro_batches, share
+from .batching import Step, TokenSet, collate, epoch_steps, fingerprint, micro_batches, share
 from .compiling import compiled
 from .distributed import Place, any_process, barrier, gather_bytes, no_sync, wrap
 from .errors import InputError
@@ -203,7 +202,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "teacher": self.objective.bregman.state_dict() if self.objective.bregman is not None else None,
                 "random_states": random_states,
-                "data": self.fingerprint(),
+                "data": fingerprint(self._trained()),
             }
             checkpoint.save(self.folder, self.step, self.model.state_dict(), state)
         barrier(self.place)
@@ -220,7 +219,7 @@ class Trainer:
                 f"--resume {self.folder}: the run had {len(state['random_states'])} processes, here are "
                 f"{self.place.world}; a run goes on with the number that it began with"
             )
-        if state["data"] != self.fingerprint():
+        if state["data"] != fingerprint(self._trained()):
             raise InputError(f"--resume {self.folder}: the training data is not what the run began with")
         self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
         self.history, self.before = state["history"], state["before"]
@@ -234,19 +233,14 @@ class Trainer:
             self.objective.bregman.load_state_dict(state["teacher"])
         checkpoint.set_random_state(state["random_states"][self.place.rank], self.place.device)
 
-    def fingerprint(self) -> str:
-        """A hash of the training sets, by which a resumed run knows its data."""
-        digest = hashlib.sha256()
-        for name in self.settings.train_tasks:
-            data = self.train_sets[name]
-            digest.update(repr((name, data.ids, data.tokens, data.labels)).encode())
-        return digest.hexdigest()
-
     def _steps(self, epoch: int) -> list[Step]:
         settings = self.settings
-        lengths = {name: self.train_sets[name].lengths for name in settings.train_tasks}
+        lengths = {name: data.lengths for name, data in self._trained().items()}
         rows = settings.batch_size * settings.grad_accum
         return epoch_steps(lengths, rows, settings.seed, epoch, settings.interleave)
+
+    def _trained(self) -> dict[str, TokenSet]:
+        return {name: self.train_sets[name] for name in self.settings.train_tasks}
 
     def _total_steps(self) -> int:
         total = len(self._steps(0)) * self.settings.epochs

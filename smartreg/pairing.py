@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from operator import is_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -57,7 +58,8 @@ class Layout:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: dict[str, nn.Module] = {}
-        self._walked: list[tuple[nn.Module, list[nn.Parameter | None], list[nn.Module | None]]] = []
+        # The dictionaries in which all modules, wrappers too, keep their parameters and their children.
+        self._held: list[dict[str, Any]] = []
         self._walk(model, "", set())
         self.parameters: dict[str, nn.Parameter] = {
             f"{prefix}{name}": parameter
@@ -65,27 +67,29 @@ class Layout:
             for name, parameter in module._parameters.items()
             if parameter is not None
         }
+        self._remember()
 
     def _walk(self, module: nn.Module, prefix: str, above: set[int]) -> None:
         if id(module) in above:  # a module that holds one of its own holders
             return
         self.modules[prefix] = module
-        self._walked.append((module, list(module._parameters.values()), list(module._modules.values())))
+        self._held += [module._parameters, module._modules]
         is_parallel = isinstance(module, (DistributedDataParallel, DataParallel))
         for name, child in module._modules.items():
             if child is not None:
                 is_wrapped = name in _WRAPPED or (is_parallel and name == "module")
                 self._walk(child, prefix if is_wrapped else f"{prefix}{name}.", above | {id(module)})
 
+    def _remember(self) -> None:
+        self._sizes = list(map(len, self._held))
+        self._entries = list(chain.from_iterable(map(dict.values, self._held)))
+
     def is_current(self) -> bool:
         """Whether the model still has these very modules and parameters."""
-        return all(
-            len(module._parameters) == len(parameters)
-            and len(module._modules) == len(children)
-            and all(map(is_, module._parameters.values(), parameters))
-            and all(map(is_, module._modules.values(), children))
-            for module, parameters, children in self._walked
-        )
+        if list(map(len, self._held)) != self._sizes:
+            return False
+        # One loop in C: after an update of a large model nothing of this is in the cache.
+        return all(map(is_, chain.from_iterable(map(dict.values, self._held)), self._entries))
 
     def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
         """Puts `new` wherever the model has `old`."""
@@ -93,8 +97,8 @@ class Layout:
             for name, parameter in module._parameters.items():
                 if parameter is old:
                     module._parameters[name] = new
-        self._walked = [(m, list(m._parameters.values()), children) for m, _, children in self._walked]
         self.parameters = {name: new if p is old else p for name, p in self.parameters.items()}
+        self._remember()
 
 
 class Pair(NamedTuple):

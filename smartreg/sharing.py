@@ -1,4 +1,4 @@
-"""Modules and parameters that share storage with a model without being its own."""
+"""Modules and parameters beside a model that share some of its storage."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from smartreg.pairing import Layout, differences, innermost, listed, pair
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -24,6 +26,39 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             f"a {type(model).__name__} as it is now cannot be copied for a teacher ({error}). Make the teacher before "
             f"sharding or the first forward, and pass it as teacher="
         ) from error
+
+
+def checked_teacher(model: nn.Module, module: nn.Module) -> nn.Module:
+    """A teacher that the user made, if it fits the model.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: its parameters are not those of the model, or it would be the model in part.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"teacher must be a module or None, got {type(module).__name__}")
+    if innermost(module) is model:
+        raise ValueError("teacher must be another module than model, got the model itself: pass a copy of it or None")
+    layouts = Layout(model), Layout(module)
+    students = {id(part) for part in layouts[0].modules.values()}
+    held = [name for name, part in layouts[1].modules.items() if id(part) in students]
+    if held:
+        # Its mode would be the teacher's, and its buffers too.
+        raise ValueError(
+            f"teacher must not hold modules of the model, got its {listed(held)}; pass a copy, whose frozen parameters "
+            f"are then shared"
+        )
+    different = differences(*layouts)
+    if different:
+        raise ValueError(f"teacher must have the parameters of the model: {different}")
+    aliased = [
+        name for name, (student, own) in pair(*layouts).items() if student.requires_grad and moves_along(own, student)
+    ]
+    if aliased:
+        raise ValueError(
+            f"teacher must not share what the model trains, or it would follow at once: {listed(aliased)}; pass a copy"
+        )
+    return module
 
 
 def view_of(parameter: nn.Parameter) -> nn.Parameter:

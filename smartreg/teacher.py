@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,19 @@ from torch.nn.parameter import is_lazy
 
 from smartreg.averaging import average_dtype, move_averages
 from smartreg.pairing import Layout, Pair, differences, innermost, listed, pair
-from smartreg.sharing import can_share, frozen_copy, is_view, moves_along, own_copy, reshard, view_of
+from smartreg.sharing import can_share, checked_teacher, frozen_copy, is_view, own_copy, reshard, view_of
+
+_Buffers = dict[str, Tensor | None]
+
+
+class _Group(NamedTuple):
+    """Parameters that are averaged in one go."""
+
+    dtype: torch.dtype
+    device: torch.device
+    averages: list[Tensor]
+    students: list[Tensor]
+    teachers: list[Tensor]
 
 
 class Teacher:
@@ -41,8 +53,10 @@ class Teacher:
         self.wide: dict[str, Tensor] = {}
         self._layouts: tuple[Layout, ...] = ()
         self._pairs: dict[str, Pair] = {}
+        self._groups: list[_Group] = []
+        self._buffers: list[tuple[_Buffers, _Buffers]] = []
         with _ordinary_tensors():
-            self.module = frozen_copy(self.model) if module is None else _checked(self.model, module)
+            self.module = frozen_copy(self.model) if module is None else checked_teacher(self.model, module)
             for name, (student, own) in list(self.pairs().items()):
                 if not student.requires_grad and can_share(student, own):
                     self._share(name)
@@ -66,7 +80,10 @@ class Teacher:
                     f"the model's parameters have changed since its MomentumBregman was made: {changed}. Make a new "
                     f"one after adding, removing, resizing or sharding modules"
                 )
-            self._layouts, self._pairs = layouts, pair(*layouts)
+            self._layouts, self._pairs, self._groups = layouts, pair(*layouts), []
+            model, teacher = (layout.modules for layout in layouts)
+            both = [name for name in teacher if name in model and model[name]._buffers]
+            self._buffers = [(model[name]._buffers, teacher[name]._buffers) for name in both]
         return self._pairs
 
     def follow(self, *, unshare: bool = False) -> None:
@@ -100,17 +117,11 @@ class Teacher:
                 f"unfreezing, call the penalty before the next optimizer step"
             )
         with _ordinary_tensors():
-            self._follow()
-            groups: defaultdict[tuple[object, ...], list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
-            for name, (student, own) in self._pairs.items():
-                if name not in self.shared and (own.is_floating_point() or own.is_complex()):
-                    group = groups[own.device, own.dtype, type(own)]
-                    group.append((self.wide.get(name, own), student, own))
-            for triples in groups.values():
-                averages, students, teachers = (list(tensors) for tensors in zip(*triples, strict=True))
-                move_averages(averages, students, beta)
-                if averages[0] is not teachers[0]:
-                    torch._foreach_copy_(teachers, averages)
+            self._take_buffers()
+            for group in self._grouped():
+                move_averages(group.averages, group.students, beta)
+                if group.averages[0] is not group.teachers[0]:
+                    torch._foreach_copy_(group.teachers, group.averages)
 
     def averages(self) -> dict[str, Tensor]:
         """Every average by name, at the precision in which it is kept; nothing of what is shared."""
@@ -161,12 +172,12 @@ class Teacher:
     def lent(self) -> Iterator[nn.Module]:
         """The module for one forward, on copies of the buffers: one that writes to them leaves the model's alone."""
         copies: dict[int, Tensor] = {}
-        for module in self._layouts[1].modules.values():
-            for name, buffer in module._buffers.items():
+        for _, own in self._buffers:
+            for name, buffer in own.items():
                 if buffer is not None and id(buffer) not in copies:
                     copies[id(buffer)] = buffer.clone()
                 if buffer is not None:
-                    module._buffers[name] = copies[id(buffer)]
+                    own[name] = copies[id(buffer)]
         try:
             yield self.module
         finally:
@@ -174,30 +185,51 @@ class Teacher:
             reshard(self.module)
 
     def _follow(self) -> None:
-        for name, (student, own) in list(self._pairs.items()):
-            if name in self.shared:
-                self._share(name)
-            elif own.dtype != student.dtype or own.device != student.device:
-                self._settle(name, self.wide.get(name, own.data))
+        self._place()
+        for name in self.shared:
+            self._share(name)
+        for student, own in self._pairs.values():
             if own.requires_grad and own is not student:
                 own.requires_grad_(False)
         self._take_buffers()
         if any(module.training for module in self._layouts[1].modules.values()):
             self.module.eval()
 
+    def _place(self) -> None:
+        for name, (student, own) in list(self._pairs.items()):
+            if name not in self.shared and (own.dtype != student.dtype or own.device != student.device):
+                self._settle(name, self.wide.get(name, own.data))
+
     def _take_buffers(self) -> None:
-        model, teacher = self._layouts
-        for name, module in teacher.modules.items():
-            if name in model.modules and model.modules[name]._buffers:
-                module._buffers.update(model.modules[name]._buffers)
+        for source, own in self._buffers:
+            own.update(source)
+
+    def _grouped(self) -> list[_Group]:
+        """The parameters to average, by device and dtype; kept, since to gather them takes time."""
+        if any(s.dtype != group.dtype or s.device != group.device for group in self._groups for s in group.students):
+            self._groups = []
+        if not self._groups:
+            self._place()
+            found: dict[tuple[object, ...], _Group] = {}
+            for name, (student, own) in self._pairs.items():
+                if name not in self.shared and (own.is_floating_point() or own.is_complex()):
+                    empty = _Group(student.dtype, student.device, [], [], [])
+                    group = found.setdefault((student.dtype, student.device, type(own)), empty)
+                    group.averages.append(self.wide.get(name, own))
+                    group.students.append(student)
+                    group.teachers.append(own)
+            self._groups = list(found.values())
+        return self._groups
 
     def _thawed(self) -> list[str]:
-        return [name for name, (student, _) in self._pairs.items() if student.requires_grad and name in self.shared]
+        return [name for name in self.shared if self._pairs[name].model.requires_grad]
 
     def _share(self, name: str) -> None:
         student, own = self._pairs[name]
-        self.shared.add(name)
-        self.wide.pop(name, None)
+        if name not in self.shared:
+            self.shared.add(name)
+            self.wide.pop(name, None)
+            self._groups = []
         if not is_view(own, student):
             self._put(name, view_of(student))
 
@@ -221,6 +253,11 @@ class Teacher:
         student, own = self._pairs[name]
         self._layouts[1].replace(own, parameter)
         self._pairs[name] = Pair(student, parameter)
+        self._groups = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is kept for speed is found anew where a copy is used."""
+        return {**self.__dict__, "_layouts": (), "_pairs": {}, "_groups": [], "_buffers": []}
 
 
 @contextmanager
@@ -228,31 +265,3 @@ def _ordinary_tensors() -> Iterator[None]:
     """No graph, and no inference tensors either: those could never be updated outside of inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _checked(model: nn.Module, module: nn.Module) -> nn.Module:
-    """A teacher that the user made, if it fits."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"teacher must be a module or None, got {type(module).__name__}")
-    if innermost(module) is model:
-        raise ValueError("teacher must be another module than model, got the model itself: pass a copy of it or None")
-    layouts = Layout(model), Layout(module)
-    students = {id(part) for part in layouts[0].modules.values()}
-    held = [name for name, part in layouts[1].modules.items() if id(part) in students]
-    if held:
-        # Its mode would be the teacher's, and its buffers too.
-        raise ValueError(
-            f"teacher must not hold modules of the model, got its {listed(held)}; pass a copy, whose frozen parameters "
-            f"are then shared"
-        )
-    different = differences(*layouts)
-    if different:
-        raise ValueError(f"teacher must have the parameters of the model: {different}")
-    aliased = [
-        name for name, (student, own) in pair(*layouts).items() if student.requires_grad and moves_along(own, student)
-    ]
-    if aliased:
-        raise ValueError(
-            f"teacher must not share what the model trains, or it would follow at once: {listed(aliased)}; pass a copy"
-        )
-    return module

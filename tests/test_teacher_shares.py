@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from smartreg.bregman import MomentumBregman
-from smartreg.sharing import frozen_copy
+from smartreg.sharing import frozen_copy, own_copy
 
 
 class Tied(nn.Module):
@@ -81,6 +81,14 @@ def test_what_is_frozen_is_never_copied_even_while_the_teacher_is_made() -> None
             assert (own.data_ptr() == parameter.data_ptr()) == (not parameter.requires_grad)
         for name, buffer in model.named_buffers():
             assert teacher.get_buffer(name) is buffer
+
+
+def test_a_copy_of_a_parameter_is_frozen_and_its_own() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    copied = own_copy(parameter)
+    assert torch.equal(copied, parameter)
+    assert not copied.requires_grad
+    assert copied.data_ptr() != parameter.data_ptr()
 
 
 def test_lora_costs_the_adapters_alone() -> None:

@@ -231,6 +231,23 @@ def test_pickle_and_deepcopy_of_model_and_teacher_go_on_alike() -> None:
         assert follower.teacher[0].weight.data_ptr() != model[0].weight.data_ptr()
 
 
+class Rebuilding(nn.Linear):
+    """Keeps its parameters elsewhere after it was copied."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_parameters": dict(state["_parameters"])})
+
+
+def test_a_copy_looks_at_its_own_model() -> None:
+    model = Rebuilding(2, 2)
+    bregman = MomentumBregman(model, beta=0.5)
+    bregman.update()
+    copied, follower = copy.deepcopy((model, bregman))
+    copied.weight = nn.Parameter(torch.zeros(2, 2))
+    follower.update()
+    torch.testing.assert_close(follower.teacher.weight, 0.5 * bregman.teacher.weight)
+
+
 # Written into a model
 
 

@@ -77,7 +77,7 @@ def is_view(view: nn.Parameter, parameter: nn.Parameter) -> bool:
 def moves_along(teacher: nn.Parameter, student: nn.Parameter) -> bool:
     """Whether a change of the second in place changes the first."""
     ours, theirs = _local(teacher), _local(student)
-    return teacher is student or (ours.numel() > 0 and ours.data_ptr() == theirs.data_ptr())
+    return ours.numel() > 0 and ours.data_ptr() == theirs.data_ptr()
 
 
 def can_share(student: nn.Parameter, own: nn.Parameter) -> bool:

@@ -229,7 +229,6 @@ class Teacher:
         if name not in self.shared:
             self.shared.add(name)
             self.wide.pop(name, None)
-            self._groups = []
         if not is_view(own, student):
             self._put(name, view_of(student))
 

@@ -137,6 +137,20 @@ def test_large_half_precision_weights_are_converted_piece_by_piece() -> None:
         assert torch.equal(averages(bregman)[name], expected), name
 
 
+def test_a_model_of_several_dtypes() -> None:
+    model = nn.Sequential(mlp(torch.bfloat16)[0], mlp(torch.float64)[2], mlp()[2])
+    bregman = MomentumBregman(model, beta=0.75)
+    before = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    shift(model, 0)
+    bregman.update()
+    for name, parameter in model.named_parameters():
+        expected = before[name].lerp(parameter.detach().double(), 0.25)
+        torch.testing.assert_close(averages(bregman)[name].double(), expected, rtol=3e-7, atol=3e-7)
+        own = bregman.teacher.get_parameter(name)
+        assert own.dtype == parameter.dtype
+        assert torch.equal(own, averages(bregman)[name].to(own.dtype))
+
+
 def test_strided_and_complex_and_scalar_parameters() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -151,7 +165,7 @@ def test_strided_and_complex_and_scalar_parameters() -> None:
 
     torch.manual_seed(2)
     model = Odd()
-    bregman = MomentumBregman(model, beta=0.75)
+    bregman = MomentumBregman(model, beta=0.75, teacher=copy.deepcopy(model))
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         for parameter in model.parameters():

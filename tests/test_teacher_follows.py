@@ -128,6 +128,24 @@ def test_follows_to_half_precision_and_back_without_losing_the_average() -> None
     assert bregman.teacher[0].weight.dtype == bregman.state_dict()["average.0.weight"].dtype == torch.float64
 
 
+def test_an_update_alone_follows_too() -> None:
+    """Without a call or a look at the teacher in between."""
+    model = mlp()
+    bregman = MomentumBregman(model, beta=0.5)
+    bregman.update()
+    model.to(torch.bfloat16)
+    start = model[0].weight.detach().float()
+    shift(model)
+    bregman.update()
+    model.double()
+    bregman.update()
+    end = model[0].weight.detach()
+    assert bregman._teacher.module[0].weight.dtype == torch.float64
+    expected = mlp()[0].weight.detach().double().lerp(end, 0.75)
+    torch.testing.assert_close(bregman._teacher.module[0].weight.detach(), expected, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(start.double(), end)
+
+
 def test_shared_parameters_stay_shared_when_the_model_moves() -> None:
     model = mlp()
     model[0].requires_grad_(False)
@@ -158,6 +176,7 @@ def test_follows_to_the_gpu() -> None:
 def test_replaced_parameters_of_the_same_names_are_found() -> None:
     model = mlp()
     bregman = MomentumBregman(model, beta=0.5)
+    bregman.update()
     model.load_state_dict({name: torch.ones_like(p) for name, p in model.named_parameters()}, assign=True)
     start = bregman.teacher[0].weight.detach().clone()
     bregman.update()

@@ -196,6 +196,29 @@ def test_a_frozen_parameter_with_a_class_of_its_own_is_the_same_object() -> None
     assert list(averages(alike)) == ["bias"]
 
 
+def test_quantized_weights_of_a_teacher_passed_in_stay_what_they_are() -> None:
+    model, teacher = nn.Linear(2, 2), nn.Linear(2, 2)
+    model.weight = Quantized(torch.tensor([[1, 2], [3, 4]], dtype=torch.int8))
+    teacher.weight = Quantized(torch.tensor([[5, 6], [7, 8]], dtype=torch.int8))
+    bregman = MomentumBregman(model, teacher=teacher, beta=0)
+    bregman.update()
+    assert teacher.weight.tolist() == [[5, 6], [7, 8]]
+    assert torch.equal(teacher.bias, model.bias)
+
+
+def test_looking_at_the_teacher_never_freezes_the_model() -> None:
+    model = nn.Linear(2, 2)
+    model.weight = Quantized(torch.ones(2, 2))
+    bregman = MomentumBregman(model)
+    model.weight.requires_grad_(True)
+    assert bregman.teacher.weight is model.weight
+    assert model.weight.requires_grad
+    x = torch.ones(1, 2)
+    bregman(lambda m: m(x), model(x))
+    assert bregman.teacher.weight is not model.weight
+    assert model.weight.requires_grad
+
+
 @pytest.mark.parametrize("given_teacher", [False, True])
 def test_tied_weights_stay_tied(given_teacher: bool) -> None:
     torch.manual_seed(4)

@@ -157,6 +157,17 @@ def test_resume_of_a_run_saved_before_what_it_shared_was_thawed() -> None:
     assert_same(again.teacher, bregman.teacher)
 
 
+def test_what_a_loaded_state_shares_is_no_longer_kept_twice() -> None:
+    model = net().bfloat16()
+    model[0].requires_grad_(False)
+    state = MomentumBregman(model).state_dict()
+    model[0].requires_grad_(True)
+    bregman = MomentumBregman(model)
+    assert "0.weight" in bregman._teacher.wide
+    bregman.load_state_dict(state)
+    assert set(bregman._teacher.wide) == {"1.weight", "1.bias", "2.weight", "2.bias"}
+
+
 def drop(name: str) -> Callable[[dict[str, Any]], Any]:
     return lambda state: state.pop(name)
 
@@ -268,6 +279,18 @@ def test_copy_to_another_model_and_back_into_the_model_itself() -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, expected[name])
     assert bregman.teacher[2].weight.data_ptr() != model[2].weight.data_ptr()
+
+
+def test_copy_to_right_after_something_was_thawed() -> None:
+    model = net()
+    model[0].requires_grad_(False)
+    bregman = MomentumBregman(model, beta=0.5)
+    model[0].requires_grad_(True)
+    train(model, bregman, 2)
+    other = net(1)
+    bregman.copy_to(other)
+    assert_same(other, bregman.teacher)
+    assert not torch.equal(other[0].weight, model[0].weight)
 
 
 def test_copy_to_a_wider_model_gives_the_average_itself() -> None:

@@ -37,7 +37,6 @@ def paper_beta(total_steps: int) -> Callable[[int], float]:
 
 
 def _paper_beta(update: int, total_steps: int) -> float:
-    # In integers: 0.1 · 30 is more than 3 in floating point.
     return 0.99 if 10 * update < total_steps else 0.999
 
 

@@ -144,13 +144,13 @@ class SlantedTriangularLR(LambdaLR):
         Raises:
             ValueError: the state is not one of this class, or of another number of parameter groups. Nothing is loaded.
         """
-        saved = _checked_state(state_dict, groups=len(self.optimizer.param_groups))
-        differing = _differences(self.state_dict(), saved)
+        _check_state(state_dict, groups=len(self.optimizer.param_groups))
+        differing = _differences(self.state_dict(), state_dict)
         untouched = [
             float(group["lr"]) == float(rate)
             for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True)
         ]
-        super().load_state_dict(saved)
+        super().load_state_dict(state_dict)
         for group, rate, as_set in zip(self.optimizer.param_groups, self._last_lr, untouched, strict=True):
             if as_set and isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
@@ -165,7 +165,7 @@ class SlantedTriangularLR(LambdaLR):
             )
 
 
-def _checked_state(state_dict: dict[str, Any], *, groups: int) -> dict[str, Any]:
+def _check_state(state_dict: dict[str, Any], *, groups: int) -> None:
     multipliers = state_dict.get("lr_lambdas")
     fields = set(SlantedTriangle.__dataclass_fields__)
     if not isinstance(multipliers, list) or not all(isinstance(m, dict) and set(m) == fields for m in multipliers):
@@ -173,11 +173,10 @@ def _checked_state(state_dict: dict[str, Any], *, groups: int) -> dict[str, Any]
             "state_dict must be the state of a SlantedTriangularLR, with the multiplier's settings under 'lr_lambdas'; "
             f"got {multipliers!r}"
         )
-    if len(multipliers) != groups or len(state_dict.get("base_lrs", ())) != groups:
+    if len(multipliers) != groups:
         raise ValueError(
             f"state_dict must be of {groups} parameter groups, as the optimizer has, got {len(multipliers)}"
         )
-    return dict(state_dict)
 
 
 def _differences(own: dict[str, Any], saved: dict[str, Any]) -> list[str]:

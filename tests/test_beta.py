@@ -85,7 +85,7 @@ def test_paper_beta(total_steps: int) -> None:
 
 
 def test_paper_beta_switches_at_the_tenth_exactly() -> None:
-    for total_steps in (10, 30, 70, 1000, 5370):  # 0.1 · 30 is more than 3 in floating point
+    for total_steps in (10, 30, 70, 1000, 5370):
         beta = paper_beta(total_steps)
         assert (beta(total_steps // 10 - 1), beta(total_steps // 10)) == (0.99, 0.999)
     model = nn.Linear(2, 2)

@@ -124,6 +124,17 @@ def test_a_bfloat16_teacher_moves(beta: float, device: str) -> None:
     assert (naive == 1.0).all()
 
 
+def test_an_update_is_one_fused_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
+    bregman = MomentumBregman(model, beta=0.5)
+    calls = []
+    fused = torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *args: (calls.append(len(args[0])), fused(*args))[1])
+    bregman.update()
+    bregman.update()
+    assert calls == [40, 40]
+
+
 def test_large_half_precision_weights_are_converted_piece_by_piece() -> None:
     """More than one piece, and several small tensors in one."""
     torch.manual_seed(1)

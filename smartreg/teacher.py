@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -259,8 +259,11 @@ class Teacher:
         return {**self.__dict__, "_layouts": (), "_pairs": {}, "_groups": [], "_buffers": []}
 
 
-@contextmanager
-def _ordinary_tensors() -> Iterator[None]:
+def _ordinary_tensors() -> AbstractContextManager[object]:
     """No graph, and no inference tensors either: those could never be updated outside of inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+    if not torch.is_inference_mode_enabled():
+        return torch.no_grad()
+    ordinary = ExitStack()
+    ordinary.enter_context(torch.inference_mode(False))
+    ordinary.enter_context(torch.no_grad())
+    return ordinary

@@ -32,6 +32,10 @@ def _all(results: Mapping[str, Rows]) -> Iterator[tuple[str, float, str, float]]
         yield "standard: time of a plain step", at[STANDARD]["times"], "≤", 2.75
         yield "standard: time of smart-pytorch", at[STANDARD]["seconds"] / at[PEER]["seconds"], "≤", 1.0
         yield "memory-efficient: time of a plain step", at[EFFICIENT]["times"], "≤", 3.15
+    if kept := results.get("kept"):
+        at = _by(kept, "variant")
+        yield "standard, freed memory kept: time of a plain step", at[STANDARD]["times"], "≤", 2.75
+        yield "memory-efficient, freed memory kept: time of a plain step", at[EFFICIENT]["times"], "≤", 3.15
     if fit := results.get("fit"):
         yield "memory-efficient: largest batch of smart-pytorch", _by(fit, "variant")[EFFICIENT]["times"], "≥", 1.7
     if forms := results.get("divergences"):

@@ -23,6 +23,7 @@ QUICK = {
     "size": "tiny",
     "main": (2, 8),
     "small": (2, 8),
+    "half": (2, 8),
     "batches": (2,),
     "lengths": (8,),
     "steps": (1,),

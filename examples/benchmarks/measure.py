@@ -19,6 +19,8 @@ WORKER = Path(__file__).with_name("worker.py")
 # The same for every process whose memory is measured: a freed block of a megabyte or more goes back to the system at
 # once, so that resident memory is what is alive and not what the allocator keeps for later. Time is measured without.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+# The opposite: freed memory is kept for the next step, so that the system need not hand out pages again.
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 class WorkerError(RuntimeError):
@@ -85,7 +87,14 @@ def ask_once(spec: Spec, command: str, environment: Mapping[str, str] | None = N
         return worker.ask(command)
 
 
-def compare(specs: Sequence[Spec], rounds: int, *, warm: int = 0, gauge: str | None = "peak") -> list[dict[str, float]]:
+def compare(
+    specs: Sequence[Spec],
+    rounds: int,
+    *,
+    warm: int = 0,
+    gauge: str | None = "peak",
+    environment: Mapping[str, str] | None = None,
+) -> list[dict[str, float]]:
     """Peak memory, median time, and both as multiples of the first spec's.
 
     Time is taken in interleaved rounds, every spec once a round and in alternating order; `times` is the median over
@@ -96,6 +105,7 @@ def compare(specs: Sequence[Spec], rounds: int, *, warm: int = 0, gauge: str | N
         rounds: how often time is measured.
         warm: rounds before them that do not count.
         gauge: the command that weighs a call, `peak` or `allocated`; None leaves memory out.
+        environment: variables to add for the processes whose time is taken.
 
     Returns:
         For each spec `seconds`, `times`, and with memory `bytes` and `times_bytes`.
@@ -107,7 +117,7 @@ def compare(specs: Sequence[Spec], rounds: int, *, warm: int = 0, gauge: str | N
         for row, peak in zip(measured, peaks, strict=True):
             row |= {"bytes": peak, "times_bytes": peak / peaks[0]}
     seconds: list[list[float]] = [[] for _ in specs]
-    with workers(specs) as started:
+    with workers(specs, environment) as started:
         for turn in range(warm + rounds):
             order = range(len(specs))
             for index in reversed(order) if turn % 2 else order:

@@ -10,7 +10,7 @@ from typing import Any
 import averages
 import divergence
 from fit import largest_batch
-from measure import ask_once, compare
+from measure import KEEP, ask_once, compare
 from variants import ALL, EFFICIENT, PEER, PLAIN, STANDARD
 
 AXES = ("main", "batch", "length", "steps")
@@ -28,6 +28,7 @@ class Run:
         size: which model.
         main: batch and length of the shape that the claims are about.
         small: batch and length of a shape for what need not be as large.
+        half: the same for half precision, which a CPU without instructions for it computes slowly.
         batches, lengths, steps: the values along which cost is followed.
         logits: rows and classes of the divergence.
         limit: bytes in which the largest batch must fit; 0 leaves the table out.
@@ -44,6 +45,7 @@ class Run:
     size: str = "small"
     main: tuple[int, int] = (32, 128)
     small: tuple[int, int] = (8, 128)
+    half: tuple[int, int] = (4, 32)
     batches: tuple[int, ...] = (8, 16, 32, 64)
     lengths: tuple[int, ...] = (32, 64, 128, 256)
     steps: tuple[int, ...] = (1, 2, 3)
@@ -97,6 +99,16 @@ def grid(run: Run) -> list[Row]:
             place = {"axis": axis, "batch": shape[0], "length": shape[1], "steps": steps, "variant": name}
             rows.append({**place, **measured, "times_flops": flops[name] / flops[PLAIN]})
     return rows
+
+
+def kept(run: Run) -> list[Row]:
+    """The time of the main shape once more, in processes that keep freed memory for their next step."""
+    if run.device != "cpu":
+        return []  # torch's allocator of a GPU always does
+    measured = compare(
+        [run.spec("variants", run.main, variant=n) for n in ALL], run.rounds, gauge=None, environment=KEEP, warm=1
+    )
+    return [{"variant": name, **row} for name, row in zip(ALL, measured, strict=True)]
 
 
 def fit(run: Run) -> list[Row]:
@@ -171,6 +183,17 @@ def compiled(run: Run) -> list[Row]:
     return rows
 
 
+def half_precision(run: Run) -> list[Row]:
+    """What `ascent_autocast=False` costs under bfloat16 autocast."""
+    choices = [(PLAIN, True), (STANDARD, True), (STANDARD, False)]
+    specs = [run.spec("variants", run.half, variant=n, autocast=True, ascent_autocast=a) for n, a in choices]
+    measured = compare(specs, run.rounds, warm=1, gauge=None)
+    return [
+        {"variant": n, "ascent": "bfloat16" if a else "float32", **row}
+        for (n, a), row in zip(choices, measured, strict=True)
+    ]
+
+
 def where_time_goes(run: Run) -> list[Row]:
     """Self time by kind of operation, of the variants side by side."""
     found = {n: ask_once(run.spec("where_time_goes", run.small, variant=n), "result") for n in ALL}
@@ -180,10 +203,12 @@ def where_time_goes(run: Run) -> list[Row]:
 SECTIONS: dict[str, Callable[[Run], list[Row]]] = {
     "agreement": agreement,
     "grid": grid,
+    "kept": kept,
     "fit": fit,
     "divergences": divergences,
     "averages": moving_averages,
     "amortised": amortised,
     "compiled": compiled,
+    "half": half_precision,
     "where": where_time_goes,
 }

@@ -77,6 +77,13 @@ TABLES = (
         **_axis("main", _BATCH, _LENGTH, _VARIANT),
     ),
     Table(
+        "kept",
+        "The same step where freed memory is kept",
+        "`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776` in the environment of every variant: the C library "
+        "then reuses the memory of the step before, and the system need not hand out and clear pages again.",
+        (_VARIANT, ("ms", milliseconds("seconds")), ("time", times("times"))),
+    ),
+    Table(
         "fit",
         "Largest batch in a fixed amount of memory",
         "Found by bisection, a process for each try. On a CPU the limit is the address space of the whole process "
@@ -117,6 +124,13 @@ TABLES = (
             ("speed", times("speedup")),
             ("time", times("times")),
         ),
+    ),
+    Table(
+        "half",
+        "Ascent with autocast off",
+        "A step under bfloat16 autocast, the ascent under it too or with `ascent_autocast=False`, which adds a clean "
+        "pass in float32. Half precision is slow on a CPU that has no instructions for it.",
+        (_VARIANT, ("ascent in", text("ascent")), ("ms", milliseconds("seconds")), ("time", times("times"))),
     ),
     Table(
         "divergences",

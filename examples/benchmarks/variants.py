@@ -28,7 +28,8 @@ def build(spec: Mapping[str, Any]) -> Step:
 
     Args:
         spec: `variant`, `size`, `batch`, `length`, `steps`, `device`, and optionally `every` (the penalty on each
-            k-th step alone, times k; a call of the result is k steps), `compiled` and `weight` (λ_s).
+            k-th step alone, times k; a call of the result is k steps), `compiled`, `weight` (λ_s), `autocast` (bfloat16
+            in the passes) and `ascent_autocast`.
     """
     model, batch = load(spec)
     return step(spec["variant"], model, batch, spec)
@@ -68,8 +69,13 @@ def step(variant: str, model: nn.Module, batch: Mapping[str, Tensor], spec: Mapp
     mask, labels = batch["attention_mask"], batch["labels"]
     run = torch.compile(model) if spec.get("compiled") else model
 
+    def autocast() -> torch.autocast:
+        return torch.autocast(spec["device"], torch.bfloat16, enabled=spec.get("autocast", False))
+
     def plain() -> None:
-        F.cross_entropy(run(**inputs).logits, labels).backward()
+        with autocast():
+            loss = F.cross_entropy(run(**inputs).logits, labels)
+        loss.backward()
 
     if variant == PLAIN:
         return plain
@@ -78,12 +84,15 @@ def step(variant: str, model: nn.Module, batch: Mapping[str, Tensor], spec: Mapp
 
     from smartreg import SmartLoss
 
-    smart = SmartLoss(run, steps=spec["steps"], memory_efficient=variant == EFFICIENT)
+    options = {"memory_efficient": variant == EFFICIENT, "ascent_autocast": spec.get("ascent_autocast", True)}
+    smart = SmartLoss(run, steps=spec["steps"], **options)
     every, weight = spec.get("every", 1), spec.get("weight", LAMBDA_S)
 
     def regularized() -> None:
-        outputs, penalty = smart(lambda m: m(**inputs), mask=mask)
-        (F.cross_entropy(outputs.logits, labels) + every * weight * penalty).backward()
+        with autocast():
+            outputs, penalty = smart(lambda m: m(**inputs), mask=mask)
+            loss = F.cross_entropy(outputs.logits, labels) + every * weight * penalty
+        loss.backward()
         for _ in range(every - 1):
             plain()
 

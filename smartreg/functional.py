@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,10 +14,14 @@ from torch import Tensor
 from smartreg.divergences import Divergence, resolve_divergence
 from smartreg.loss_scale import LossScale
 from smartreg.output import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
+from smartreg.precision import PrecisionCheck
 from smartreg.replay import RandomState
 from smartreg.search import Noise, search, starting_noise, surround, warn_if_nothing_to_follow
 from smartreg.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings
 from smartreg.smart import SmartOutput
+
+# What each function has been looked at for; see `_precision_of`.
+_precision: weakref.WeakKeyDictionary[object, PrecisionCheck] = weakref.WeakKeyDictionary()
 
 
 def smoothness_penalty(
@@ -42,6 +48,9 @@ def smoothness_penalty(
     r"""R_s of a function of embeddings, for those who hold the embeddings (or pixels, or audio) in their hands.
 
     \[ R_s = \frac1n \sum_i \max_{\|\tilde x_i - x_i\|_p \le \epsilon} \ell_s(f(\tilde x_i), f(x_i)) \]
+
+    As in `SmartLoss`, sizes that the dtype in use cannot carry raise a `SmartWarning`, looked at once for each place in
+    the code that `fn` comes from, device, dtype and autocast dtype (not where a `reference` is given).
 
     Args:
         fn: f, run several times; its only randomness is torch's on the CPU and the device of `embeds`. Buffers that it
@@ -121,9 +130,11 @@ def smoothness_penalty(
     random = RandomState([embeds.device])
 
     @contextlib.contextmanager
-    def run(perturbations: Sequence[Tensor], *, attached: bool = False) -> Iterator[tuple[Tensor, ...]]:
+    def run(
+        perturbations: Sequence[Tensor], *, attached: bool = False, shared: bool = dropout == "shared"
+    ) -> Iterator[tuple[Tensor, ...]]:
         base = embeds if attached else embeds.detach()
-        with random.replayed() if dropout == "shared" else contextlib.nullcontext():
+        with random.replayed() if shared else contextlib.nullcontext():
             perturbed = (base + perturbations[0]).to(base.dtype)
             yield compared_tensors(fn(perturbed), output_to_logits)
 
@@ -136,7 +147,28 @@ def smoothness_penalty(
         torch.get_autocast_dtype(embeds.device.type) if torch.is_autocast_enabled(embeds.device.type) else None
     )
     dtypes = [autocast_dtype, embeds.dtype, *(tensor.dtype for tensor in clean)]
-    found = search(neighbourhoods, start, run, fixed, resolved, LossScale(), dtypes)
+    loss_scale = LossScale()
+    if reference is None:  # else rounding could not be told from the reference's own dropout masks
+        _precision_of(fn).look(
+            functools.partial(run, shared=True),
+            neighbourhoods,
+            start,
+            clean,
+            resolved,
+            loss_scale,
+            autocast_dtype,
+            stacklevel=2,
+        )
+    found = search(neighbourhoods, start, run, fixed, resolved, loss_scale, dtypes)
     with run(found.perturbations, attached=True) as perturbed:
         penalty = divergence_of(resolved, perturbed, fixed if detach_reference else clean)
     return SmartOutput(outputs, penalty)
+
+
+def _precision_of(fn: Callable[[Tensor], Any]) -> PrecisionCheck:
+    """The check of the code that `fn` runs, since a lambda in a training loop is another object in every step."""
+    inner: Any = fn
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    inner = getattr(inner, "__func__", inner)  # of a bound method, which is another object every time too
+    return _precision.setdefault(getattr(inner, "__code__", inner), PrecisionCheck())

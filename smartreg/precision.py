@@ -25,7 +25,6 @@ from smartreg.divergences import Divergence
 from smartreg.errors import SmartWarning
 from smartreg.loss_scale import LossScale, scaled
 from smartreg.output import divergence_of
-from smartreg.passes import ModelPasses
 from smartreg.perturbation import Neighbourhood, entries_under_norm, root_mean_square
 from smartreg.search import RunPass
 
@@ -50,25 +49,29 @@ class PrecisionCheck:
 
     def look(
         self,
-        passes: ModelPasses,
+        run: RunPass,
         neighbourhoods: Sequence[Neighbourhood],
         start: Sequence[Tensor],
         clean: Sequence[Tensor],
         divergence: Divergence,
         loss_scale: LossScale,
+        autocast: torch.dtype | None,
+        *,
+        stacklevel: int,
     ) -> None:
         """Warn if the perturbed passes, or the ascent, cannot carry what `neighbourhoods` and `start` ask for.
 
         Args:
-            passes: of this call, after the clean pass.
+            run: runs the model with perturbations, under the dropout masks of the clean pass.
             neighbourhoods: the ball of each look-up.
             start: ν of each look-up.
             clean: the clean output.
             divergence: ℓ.
             loss_scale: that of float16 passes.
+            autocast: what autocast makes of float32, None where it is off.
+            stacklevel: of the warning, 1 for the caller of this method.
         """
-        settings = neighbourhoods[0].settings
-        embeddings, autocast = neighbourhoods[0].embeddings, passes.record.autocast_dtype
+        settings, embeddings = neighbourhoods[0].settings, neighbourhoods[0].embeddings
         key = (embeddings.device, embeddings.dtype, autocast)
         if key in self._looked or torch.is_inference_mode_enabled():
             return
@@ -85,19 +88,10 @@ class PrecisionCheck:
         if not doubtful or not any(bool(direction.any()) for direction in directions):
             return
         reference = tuple(tensor.detach() for tensor in clean)
-        with passes.same_dropout():
-            needed = smallest_useful(
-                lambda perturbations: passes.perturbed(perturbations, freeze=True),
-                reference,
-                directions,
-                neighbourhoods,
-                divergence,
-                loss_scale,
-                dtypes,
-            )
+        needed = smallest_useful(run, reference, directions, neighbourhoods, divergence, loss_scale, dtypes)
         drowned = {name: size for name, size in doubtful.items() if needed is not None and size < needed}
         if drowned and needed is not None:
-            warnings.warn(_message(drowned, needed, neighbourhoods, autocast), SmartWarning, stacklevel=7)
+            warnings.warn(_message(drowned, needed, neighbourhoods, autocast), SmartWarning, stacklevel=stacklevel + 1)
 
 
 def resolution(device: torch.device, dtypes: Sequence[torch.dtype | None]) -> float:

@@ -61,7 +61,10 @@ def test_grid_measures_every_variant_along_every_axis(
     def compare(specs: list[dict[str, Any]], rounds: int, gauge: str) -> list[dict[str, float]]:
         assert [spec["variant"] for spec in specs] == ["plain", STANDARD, EFFICIENT, PEER]
         compared.append((specs[0]["batch"], specs[0]["length"], specs[0]["steps"]))
-        return [{"seconds": n, "times": n, "bytes": 1e9 * n, "times_bytes": n} for n in (1.0, 2.7, 3.0, 2.8)]
+        return [
+            {"seconds": n, "times": n, "times_low": n, "times_high": n + 0.1, "bytes": 1e9 * n, "times_bytes": n}
+            for n in (1.0, 2.7, 3.0, 2.8)
+        ]
 
     monkeypatch.setattr(sections, "compare", compare)
     monkeypatch.setattr(sections, "ask_once", lambda spec, _: dict.fromkeys(("plain", STANDARD, EFFICIENT, PEER), 3))
@@ -70,10 +73,50 @@ def test_grid_measures_every_variant_along_every_axis(
     assert {(32, 128, 1), (8, 32, 1), (64, 32, 1), (8, 256, 1), (8, 128, 3)} <= set(compared)
     report.write(tmp_path, {"machine": {}, "settings": {}, "grid": rows})
     table = (tmp_path / "cost.md").read_text()
-    assert "| 32 | 128 | smartreg, memory-efficient | 3,000 | 3.00× | 1.00× | 3,000 | 3.00× |" in table
+    assert "| 32 | 128 | smartreg, memory-efficient | 3,000 | 3.00× (3.00 to 3.10) | 1.00× | 3,000 | 3.00× |" in table
     for axis in ("batch", "length", "ascent steps"):
         assert f"### Growth with the {axis}" in table
     assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+def test_a_part_measured_anew_leaves_the_others(
+    benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cost = benchmark("cost")
+    seconds = 1.0
+
+    def section(name: str) -> Callable[[Any], list[dict[str, Any]]]:
+        def rows(run: Any) -> list[dict[str, Any]]:
+            axes = run.axes if name == "grid" else [None]
+            return [{"axis": axis, "seconds": seconds} if axis else {"seconds": seconds} for axis in axes]
+
+        return rows
+
+    monkeypatch.setattr(cost, "SECTIONS", {name: section(name) for name in ("agreement", "grid", "averages")})
+    monkeypatch.setattr(cost, "show", lambda console, results: None)
+    monkeypatch.setattr(
+        cost, "write", lambda folder, results: (folder / "cost.json").write_text(json.dumps(results)) and []
+    )
+    folder = ["--output-dir", str(tmp_path), "--sections"]
+    cost.main([*folder, "agreement,grid,averages", "--rounds", "5"])
+    seconds = 2.0
+    cost.main([*folder, "grid", "--axes", "batch", "--rounds", "9"])
+    results = json.loads((tmp_path / "cost.json").read_text())
+    assert [(row["axis"], row["seconds"]) for row in results["grid"]] == [
+        ("main", 1.0),
+        ("batch", 2.0),
+        ("length", 1.0),
+        ("steps", 1.0),
+    ]
+    assert results["averages"] == [{"seconds": 1.0}]
+    assert [(place, row["rounds"]) for place, row in results["conditions"].items()] == [
+        ("agreement", 9),
+        ("grid, main, batch, length, steps", 5),
+        ("averages", 5),
+        ("grid, batch", 9),
+    ]
+    with pytest.raises(SystemExit, match=r"other settings \(threads\); name another one"):
+        cost.main([*folder, "averages", "--threads", "77"])
 
 
 @pytest.mark.parametrize("arguments", [("--sections", "everything"), ()])

@@ -20,7 +20,7 @@ from minbert.model import MultitaskModel, pair_features
 from minbert.noise import SeededNoise
 from minbert.packing import pack, unpack
 from minbert.regularized import Objective
-from minbert.schedule import equation3, make_schedule
+from minbert.schedule import equation3, make_schedule, schedule_note
 from minbert.settings import Settings, resolve
 from minbert.tasks import TASKS, log_likelihood, predict, task_loss
 
@@ -214,6 +214,8 @@ def test_schedules(name: str, expected: dict[int, float]) -> None:
         schedule.step()
     assert {step: pytest.approx(rates[step]) for step in expected} == expected
     assert equation3(1049) > 0 == equation3(1050) == equation3(5000)
+    assert schedule_note("equation3", 1050) is schedule_note("report", 5000) is None
+    assert "0 from step 1050 of 1051 on" in schedule_note("equation3", 1051)
 
 
 def test_states_survive_packing() -> None:

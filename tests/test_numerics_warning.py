@@ -4,14 +4,16 @@ import copy
 import math
 import re
 import warnings
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numerics_models as models
 import pytest
 import torch
 from torch import nn
 
-from smartreg import SmartLoss, SmartWarning
+from smartreg import SmartLoss, SmartWarning, smoothness_penalty
 from smartreg.precision import cosine_from, resolution
 
 SETTINGS = {
@@ -252,6 +254,65 @@ def test_under_inference_mode_nothing_is_measured() -> None:
     with torch.inference_mode(), models.counted_passes(model) as passes:
         assert call(SmartLoss(model, steps=0, epsilon=1e-5, noise_std=1e-5), torch.bfloat16) == []
         assert passes() == 2
+
+
+class Bound:
+    """The part of a model after its embedding, as a method that counts its calls."""
+
+    def __init__(self, model: models.Encoder) -> None:
+        self.model, self.calls = model, 0
+
+    def run(self, embeds: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.model.head(self.model.layers(self.model.norm(embeds / self.model.scale)).mean(1))
+
+
+def functional(fn: Any, embeds: torch.Tensor, autocast: torch.dtype | None, **options: Any) -> list[str]:
+    """One call of `smoothness_penalty`; the texts of the warnings, each of which points here."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            smoothness_penalty(fn, embeds, **options)
+    assert all(issubclass(w.category, SmartWarning) and w.filename == __file__ for w in caught)
+    return [str(w.message) for w in caught]
+
+
+def test_the_functional_form_warns_of_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smartreg.functional._precision", WeakKeyDictionary())
+    for scale in (1.0, 10.0):
+        model = models.build(scale)
+        embeds = model.words(models.sentences())
+        torch.manual_seed(2)
+        (theirs,) = call(SmartLoss(model, **TINY), torch.bfloat16)
+        torch.manual_seed(2)
+        (ours,) = functional(Bound(model).run, embeds, torch.bfloat16, **TINY)
+        assert smallest(ours) == smallest(theirs)
+        monkeypatch.setattr("smartreg.functional._precision", WeakKeyDictionary())
+
+
+def test_the_functional_form_looks_once_for_each_place_in_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smartreg.functional._precision", WeakKeyDictionary())
+    bound, embeds = Bound(models.build()), models.sentences()
+    embeds = bound.model.words(embeds)
+    found = [len(functional(lambda x: bound.run(x), embeds, torch.bfloat16, **TINY)) for _ in range(3)]
+    assert found == [1, 0, 0]
+    assert bound.calls == 13 + 3 + 3
+    assert len(functional(lambda x: bound.run(x), embeds, torch.float16, **TINY)) == 1, "another line, another dtype"
+    assert [len(functional(bound.run, embeds, torch.bfloat16, **TINY)) for _ in range(2)] == [1, 0], "a bound method"
+    assert [len(functional(partial(bound.run), embeds, torch.bfloat16, **TINY)) for _ in range(2)] == [0, 0]
+    assert functional(lambda x: bound.run(x), embeds, None, **TINY) == []
+    assert functional(lambda x: bound.run(x), embeds, torch.bfloat16) == [], "nothing is said at the defaults"
+
+
+def test_the_functional_form_does_not_take_dropout_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smartreg.functional._precision", WeakKeyDictionary())
+    bound = Bound(models.build(dropout=0.3))
+    embeds = bound.model.words(models.sentences())
+    options = {"dropout": "independent"}
+    torch.manual_seed(3)
+    assert functional(lambda x: bound.run(x), embeds, torch.bfloat16, **options) == []
+    reference = bound.run(embeds)
+    assert functional(lambda x: bound.run(x), embeds, torch.bfloat16, reference=reference, **options, **TINY) == []
 
 
 def test_tensor_float_32_has_the_resolution_of_float16() -> None:

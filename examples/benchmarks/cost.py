@@ -2,16 +2,20 @@
 
     python examples/benchmarks/cost.py --output-dir runs/cost
 
-Writes `cost.json`, `cost.md` and `cost.png`. Run it on an otherwise idle machine.
+Writes `cost.json`, `cost.md` and `cost.png`. Run it on an otherwise idle machine. With `--sections` and `--axes` a part
+is measured alone, anew or for the first time; what else stands in the folder, measured on the same machine, stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 from machine import describe
 from measure import WorkerError
 from meter import method
@@ -60,22 +64,45 @@ def main(arguments: list[str] | None = None) -> None:
     shapes = {**shapes, "axes": options.axes}
     run = Run(options.device, options.threads, rounds, lambda text: console.log(text), MEMORY[options.memory], **shapes)
     names = options.sections or [name for name in SECTIONS if not (options.quick and name in LEFT_OUT_OF_QUICK)]
-    settings = {"device": run.device, "threads": run.threads, "rounds": rounds, "dtype": "float32", "model": run.size}
+    settings = {"device": run.device, "threads": run.threads, "dtype": "float32", "model": run.size}
     settings["memory is"] = method(run.device, run.gauge)
-    results = {"machine": describe(run.device), "settings": settings}
-    started = time.monotonic()
+    results = earlier(options.output_dir, {"machine": describe(run.device), "settings": settings})
     # Gradients are compared first, whatever was asked for: times of modes that disagree mean nothing.
     for name in dict.fromkeys(["agreement", *names]):
         console.log(name)
+        before, started = psutil.getloadavg()[0], time.monotonic()
         try:
-            results[name] = SECTIONS[name](run)
+            rows = SECTIONS[name](run)
         except WorkerError as error:
             raise SystemExit(f"{name}: a measurement failed\n{error}") from error
+        kept = [row for row in results.get(name, []) if name == "grid" and row["axis"] not in options.axes]
+        results[name] = sorted(kept + rows, key=_place_in_grid)
+        conditions = {"rounds": rounds, "load before": round(before, 2)}
+        conditions["minutes"] = round((time.monotonic() - started) / 60, 1)
+        place = f"grid, {', '.join(options.axes)}" if name == "grid" else name
+        results.setdefault("conditions", {})[place] = conditions
         write(options.output_dir, results)
-    settings["minutes"] = round((time.monotonic() - started) / 60, 1)
     show(console, results)
     for path in write(options.output_dir, results):
         console.print(f"wrote {path}")
+
+
+def earlier(folder: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """What was measured in this folder before, under the same machine and settings; else `fresh`."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return fresh
+    differing = [key for part in fresh for key, value in fresh[part].items() if found[part].get(key) != value]
+    if differing:
+        raise SystemExit(
+            f"{folder}: holds results of another machine or other settings ({', '.join(differing)}); name another one"
+        )
+    return found
+
+
+def _place_in_grid(row: dict[str, Any]) -> int:
+    return AXES.index(row["axis"]) if "axis" in row else 0
 
 
 def _cores() -> int:

@@ -13,7 +13,7 @@ PACKAGES = ("torch", "transformers", "smartreg", "smart-pytorch", "torch-ema", "
 
 
 def describe(device: str) -> dict[str, str]:
-    """Processor, memory, versions, and the load before the run; a GPU's name if it ran there."""
+    """Processor, memory, versions; a GPU's name if it ran there."""
     described = {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
@@ -21,7 +21,6 @@ def describe(device: str) -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
-        "load before the run": f"{psutil.getloadavg()[0]:.2f}",
     }
     if device.startswith("cuda"):
         import torch

@@ -98,7 +98,7 @@ def compare(
     """Peak memory, median time, and both as multiples of the first spec's.
 
     Time is taken in interleaved rounds, every spec once a round and in alternating order; `times` is the median over
-    the rounds of the ratio to the first spec's time in the same round.
+    the rounds of the ratio to the first spec's time in the same round, `times_low` and `times_high` its quartiles.
 
     Args:
         specs: what to compare; the first is the yardstick.
@@ -108,7 +108,7 @@ def compare(
         environment: variables to add for the processes whose time is taken.
 
     Returns:
-        For each spec `seconds`, `times`, and with memory `bytes` and `times_bytes`.
+        For each spec `seconds`, `times` and its quartiles, and with memory `bytes` and `times_bytes`.
     """
     measured: list[dict[str, float]] = [{} for _ in specs]
     if gauge:
@@ -125,5 +125,6 @@ def compare(
     seconds = [own[warm:] for own in seconds]
     for row, own in zip(measured, seconds, strict=True):
         ratios = [a / b for a, b in zip(own, seconds[0], strict=True)]
-        row |= {"seconds": statistics.median(own), "times": statistics.median(ratios)}
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else 3 * ratios
+        row |= {"seconds": statistics.median(own), "times": middle, "times_low": low, "times_high": high}
     return measured

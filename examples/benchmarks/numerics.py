@@ -2,7 +2,7 @@
 
     python examples/benchmarks/numerics.py --output-dir numerics-results
 
-writes `numerics.json`, `numerics.md` (the tables) and `numerics.png` (the penalty and the direction against ε).
+writes `numerics.json`, `numerics.md` (the tables) and `numerics.png` (the figures).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numerics_facts as facts
 import torch
+from numerics_figures import draw
 from numerics_subject import SAMPLE, Subject, load
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +27,9 @@ Rows = list[dict[str, Any]]
 TITLES = {
     "facts": "Five facts",
     "divergence": "Penalty at a small absolute epsilon, float32",
+    "divergence_new_head": "The same with a new head",
+    "dropout": "Divergence of two passes without any perturbation, and the penalty at the published epsilon",
+    "single_logit": "Divergence of two single logits",
     "directions": "Cosine of the ascent direction with the one in float64, by the size of the noise",
     "perturbation": "Mean over tokens of the largest entry of the perturbation",
     "sweep": "Penalty over the penalty in float64, by epsilon / RMS",
@@ -58,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(subject: Subject, progress: Any) -> dict[str, Any]:
     """Every measurement, by name."""
     progress("divergences, directions, dropout, perturbations")
+    new_head = subject.with_new_head()
     return {
         "environment": {
             "torch": torch.__version__,
@@ -67,8 +72,12 @@ def measure(subject: Subject, progress: Any) -> dict[str, Any]:
             "root_mean_square": subject.root_mean_square(),
         },
         "divergence": facts.divergence_errors(subject),
+        "divergence_new_head": facts.divergence_errors(new_head),
         "directions": facts.directions(subject),
-        "dropout": facts.dropout_mismatch(subject),
+        "dropout": [
+            {"head": name, **facts.dropout_mismatch(measured)}
+            for name, measured in (("fitted", subject), ("new", new_head))
+        ],
         "perturbation": facts.effective_perturbation(subject),
         "single_logit": facts.single_logit(),
         "paper_float32": facts.paper_in_float32(subject),
@@ -79,7 +88,7 @@ def measure(subject: Subject, progress: Any) -> dict[str, Any]:
 
 def tabulated(results: dict[str, Any]) -> dict[str, Rows]:
     """The tables of the report, from the raw results."""
-    dropout, single = results["dropout"], results["single_logit"]
+    dropout, single = results["dropout"][0], {row["logits"]: row for row in results["single_logit"]}["3, -3"]
     at = {row["epsilon"]: row for row in results["divergence"]}
     entry = {row["epsilon"]: row for row in results["perturbation"]}
     bf16 = {row["noise"]: row["bfloat16 autocast"] for row in results["directions"]}
@@ -93,7 +102,7 @@ def tabulated(results: dict[str, Any]) -> dict[str, Rows]:
         _fact("cosine of the direction, bfloat16 autocast, noise 1e-4 (smartreg warns)", bf16[1e-4], bf16[1e-4], 1.0),
         _fact("divergence without perturbation, train mode", dropout["smartreg"], dropout["smart-pytorch"], 0.0),
         _fact("largest entry at epsilon 1e-5", entry[1e-5]["smartreg"], entry[1e-5]["smart-pytorch"], 1e-5),
-        _fact("single logits 3 and -3", single["smartreg"], single["smart-pytorch"], single["smartreg"]),
+        _fact("single logits 3 and -3", single["smartreg"], single["smart-pytorch"], single["exact"]),
     ]
     swept, names = results["sweep"], [p.name for p in facts.SWEEP]
     truth = {row["epsilon"]: row["penalty"] for row in swept if row["precision"] == "float64"}
@@ -110,6 +119,9 @@ def tabulated(results: dict[str, Any]) -> dict[str, Rows]:
     return {
         "facts": summary,
         "divergence": results["divergence"],
+        "divergence_new_head": results["divergence_new_head"],
+        "dropout": results["dropout"],
+        "single_logit": results["single_logit"],
         "directions": results["directions"],
         "perturbation": results["perturbation"],
         "sweep": ratios,
@@ -142,35 +154,12 @@ def markdown(title: str, rows: Rows) -> str:
 
 
 def write(folder: Path, results: dict[str, Any], tables: dict[str, Rows]) -> None:
-    """JSON with everything, Markdown with the tables, PNG with the two figures."""
+    """JSON with everything, Markdown with the tables, PNG with the figures."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "numerics.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     text = "\n".join(markdown(TITLES[name], rows) for name, rows in tables.items())
     (folder / "numerics.md").write_text(text, encoding="utf-8")
-    draw(results["sweep"], folder / "numerics.png")
-
-
-def draw(swept: Rows, file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.0, 3.6))
-    for name in dict.fromkeys(row["precision"] for row in swept):
-        rows = [row for row in swept if row["precision"] == name]
-        sizes = [row["epsilon"] for row in rows]
-        left.loglog(sizes, [row["penalty"] for row in rows], ".-", label=name)
-        right.semilogx(sizes, [row["cosine"] for row in rows], ".-", label=name)
-    left.set_ylabel("penalty")
-    right.set_ylabel("cosine of the ascent direction with float64")
-    right.axhline(0.9, color="gray", linewidth=0.8, linestyle=":")
-    for axes in (left, right):
-        axes.set_xlabel("epsilon / RMS of the embeddings")
-    left.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    draw(results, folder / "numerics.png")
 
 
 if __name__ == "__main__":

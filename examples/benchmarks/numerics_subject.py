@@ -69,6 +69,14 @@ class Subject:
         """A copy of the model with its weights in that dtype."""
         return copy.deepcopy(self.model).to(precision.weights)
 
+    def with_new_head(self, seed: int = 0) -> Subject:
+        """The same encoder with a head as fine-tuning starts with it: normal weights of 0.02, no bias."""
+        model: Any = copy.deepcopy(self.model)
+        with torch.no_grad():
+            model.classifier.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
+            model.classifier.bias.zero_()
+        return Subject(model, self.batch)
+
 
 def load(data_dir: Path = SAMPLE, sentences: int = 8, seed: int = 0) -> Subject:
     """MiniLM from the package that carries it, with a head fitted to the training sentences in `data_dir`.

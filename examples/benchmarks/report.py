@@ -50,6 +50,10 @@ def _readable(results: Mapping[str, Any]) -> list[tuple[str, str, list[str], lis
         readable.append((table.title, table.note, [heading for heading, _ in table.columns], cells))
     machine = [[name, str(value)] for name, value in {**results["machine"], **results["settings"]}.items()]
     readable.append(("Machine and settings", "", ["", ""], machine))
+    conditions = results.get("conditions", {})
+    names = list(next(iter(conditions.values()), {}))
+    measured = [[place, *(str(row[name]) for name in names)] for place, row in conditions.items()]
+    readable.append(("When each section was measured", "", ["section", *names], measured))
     return [table for table in readable if table[-1]]
 
 

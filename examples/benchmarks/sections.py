@@ -140,7 +140,10 @@ def moving_averages(run: Run) -> list[Row]:
     names = (averages.FLAT, averages.OURS, *averages.OTHERS)
     specs = [run.spec("averages", (1, 8), variant=name) for name in names]
     measured = compare(specs, 5 * run.rounds, warm=2, gauge=run.gauge)
-    return [{"average": name, **row} for name, row in zip(names, measured, strict=True)]
+    return [
+        {"average": name, **row, "seconds": row["seconds"] / averages.REPEATS}
+        for name, row in zip(names, measured, strict=True)
+    ]
 
 
 def amortised(run: Run) -> list[Row]:

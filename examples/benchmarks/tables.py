@@ -44,6 +44,16 @@ def times(key: str) -> Callable[[Row], str]:
     return lambda row: f"{row[key]:.2f}×" if key in row else ""
 
 
+def times_and_quartiles(key: str) -> Callable[[Row], str]:
+    """A multiple of the yardstick with its quartiles over the rounds."""
+
+    def write(row: Row) -> str:
+        low, high = row[f"{key}_low"], row[f"{key}_high"]
+        return f"{row[key]:.2f}×" if low == high else f"{row[key]:.2f}× ({low:.2f} to {high:.2f})"
+
+    return write
+
+
 def milliseconds(key: str) -> Callable[[Row], str]:
     """Seconds written as milliseconds."""
     return lambda row: f"{row[key] * 1e3:,.1f}" if row[key] < 1 else f"{row[key] * 1e3:,.0f}"
@@ -56,7 +66,7 @@ def megabytes(key: str) -> Callable[[Row], str]:
 
 _MEASURED = (
     ("ms", milliseconds("seconds")),
-    ("time", times("times")),
+    ("time", times_and_quartiles("times")),
     ("arithmetic", times("times_flops")),
     ("peak MB", megabytes("bytes")),
     ("memory", times("times_bytes")),
@@ -73,7 +83,8 @@ _STEPS = ("steps", text("steps"))
 TABLES = (
     Table(
         title="One step of training",
-        note="Forward and backward; multiples are of the plain step. Arithmetic counts floating-point operations.",
+        note="Forward and backward; multiples are of the plain step, with the quartiles over the rounds. Arithmetic "
+        "counts floating-point operations.",
         **_axis("main", _BATCH, _LENGTH, _VARIANT),
     ),
     Table(
@@ -81,7 +92,7 @@ TABLES = (
         "The same step where freed memory is kept",
         "`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776` in the environment of every variant: the C library "
         "then reuses the memory of the step before, and the system need not hand out and clear pages again.",
-        (_VARIANT, ("ms", milliseconds("seconds")), ("time", times("times"))),
+        (_VARIANT, ("ms", milliseconds("seconds")), ("time", times_and_quartiles("times"))),
     ),
     Table(
         "fit",

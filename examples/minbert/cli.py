@@ -31,6 +31,7 @@ from .run_folder import (
     saved_settings,
     settings_to_resume,
 )
+from .schedule import schedule_note
 from .settings import Settings, resolve
 from .tasks import TASKS
 from .tokenizer import SentenceTokenizer
@@ -98,6 +99,8 @@ def train(given: dict[str, Any]) -> int:
     print_header(console, settings, place, settings.encoder or settings.init_from or "", folder)
     print_data(console, files, sets["train"], settings.max_length)
     trainer = Trainer(settings, place, model, sets["train"], sets["dev"], folder)
+    if note := schedule_note(settings.lr_schedule, trainer.total_steps):
+        console.print(f"[yellow]note[/] {note}", highlight=False)
     if saved:
         trainer.restore(saved)
         console.print(f"resuming after step {trainer.step} of {trainer.total_steps}", highlight=False)

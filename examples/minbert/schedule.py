@@ -28,6 +28,23 @@ def equation3(step: int) -> float:
     return 1 + step / 100 if step < 200 else max(0.0, 3.5 - step / 300)
 
 
+def schedule_note(name: str, total_steps: int) -> str | None:
+    """What to know about a schedule in a run of this length, if anything.
+
+    Example:
+        >>> schedule_note("equation3", 1500)
+        'the learning rate is 0 from step 1050 of 1500 on, where equation (3) of the report turns negative'
+        >>> schedule_note("equation3", 800) is None
+        True
+    """
+    end = 1050
+    if name != "equation3" or total_steps <= end:
+        return None
+    return (
+        f"the learning rate is 0 from step {end} of {total_steps} on, where equation (3) of the report turns negative"
+    )
+
+
 def constant(step: int) -> float:
     """1, whatever the step."""
     return 1.0

@@ -47,6 +47,48 @@ def test_fast_products_leave_the_penalty_as_it_is(accumulation: ModuleType) -> N
     assert values[0] == pytest.approx(values[1], rel=0.1)
 
 
+def test_every_fact_has_a_figure_and_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import numerics
+    import numerics_facts
+
+    sizes = (1e-5, 1e-8)
+    penalties = {"float64": 1e-9, "float64 of the float32 outputs": 1e-9, "smartreg": 1e-9, "smart-pytorch": 2e-8}
+    swept = [
+        {"epsilon": size, "precision": name, "penalty": size, "cosine": 0.5}
+        for size in sizes
+        for name in ("float64", *(precision.name for precision in numerics_facts.SWEEP))
+    ]
+    results = {
+        "divergence": [{"epsilon": size, **penalties} for size in sizes],
+        "divergence_new_head": [{"epsilon": size, **penalties} for size in sizes],
+        "directions": [{"noise": 1e-4, "bfloat16 autocast": 0.1}],
+        "dropout": [{"head": "fitted", "smartreg": 0.0, "smart-pytorch": 0.1, "penalty_at_paper": 1e-8, "ratio": 1e7}],
+        "single_logit": numerics_facts.single_logit(),
+        "perturbation": [
+            {"epsilon": size, "smartreg": size, "smart-pytorch": 0.9, "mean_absolute_embedding": 0.04} for size in sizes
+        ],
+        "sweep": swept,
+        "warned": [{"embeddings": 1.0, "precision": "bfloat16 autocast", "warned": 0.1, "measured": 0.1}],
+    }
+    tables = numerics.tabulated(results)
+    numerics.write(tmp_path, results, tables)
+    assert (tmp_path / "numerics.png").stat().st_size > 10_000
+    text = (tmp_path / "numerics.md").read_text()
+    assert all(f"### {title}" in text for title in numerics.TITLES.values())
+    assert "| single logits 3 and -3 | 5.43 | 0 | 5.43 |" in text
+
+
+def test_a_single_logit_has_no_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import numerics_facts
+
+    for row in numerics_facts.single_logit():
+        assert row["smartreg"] == pytest.approx(row["exact"], rel=1e-6)
+        assert row["smart-pytorch"] == 0.0
+        assert row["symmetric_kl"] == "ValueError"
+
+
 def test_a_folder_without_sentences_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

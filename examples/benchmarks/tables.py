@@ -66,7 +66,7 @@ def megabytes(key: str) -> Callable[[Row], str]:
 
 _MEASURED = (
     ("ms", milliseconds("seconds")),
-    ("time", times_and_quartiles("times")),
+    ("time", times("times")),
     ("arithmetic", times("times_flops")),
     ("peak MB", megabytes("bytes")),
     ("memory", times("times_bytes")),
@@ -74,25 +74,27 @@ _MEASURED = (
 
 
 def _axis(name: str, *columns: tuple[str, Callable[[Row], str]]) -> dict[str, Any]:
-    return {"section": "grid", "columns": (*columns, *_MEASURED), "keep": lambda row: row["axis"] == name}
+    return {"section": "grid", "columns": columns, "keep": lambda row: row["axis"] == name}
 
 
 _VARIANT, _BATCH, _LENGTH = ("variant", text("variant")), ("batch", text("batch")), ("length", text("length"))
 _STEPS = ("steps", text("steps"))
+_WITH_QUARTILES = ("time", times_and_quartiles("times"))
+_CLAIMED = (_BATCH, _LENGTH, _VARIANT, _MEASURED[0], _WITH_QUARTILES, *_MEASURED[2:])
 
 TABLES = (
     Table(
         title="One step of training",
         note="Forward and backward; multiples are of the plain step, with the quartiles over the rounds. Arithmetic "
         "counts floating-point operations.",
-        **_axis("main", _BATCH, _LENGTH, _VARIANT),
+        **_axis("main", *_CLAIMED),
     ),
     Table(
         "kept",
         "The same step where freed memory is kept",
         "`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776` in the environment of every variant: the C library "
         "then reuses the memory of the step before, and the system need not hand out and clear pages again.",
-        (_VARIANT, ("ms", milliseconds("seconds")), ("time", times_and_quartiles("times"))),
+        (_VARIANT, ("ms", milliseconds("seconds")), _WITH_QUARTILES),
     ),
     Table(
         "fit",
@@ -107,12 +109,16 @@ TABLES = (
             ("of smart-pytorch's", times("times")),
         ),
     ),
-    Table(title="Growth with the batch", note="Short sentences.", **_axis("batch", _BATCH, _LENGTH, _VARIANT)),
-    Table(title="Growth with the length", note="A small batch.", **_axis("length", _BATCH, _LENGTH, _VARIANT)),
+    Table(
+        title="Growth with the batch", note="Short sentences.", **_axis("batch", _BATCH, _LENGTH, _VARIANT, *_MEASURED)
+    ),
+    Table(
+        title="Growth with the length", note="A small batch.", **_axis("length", _BATCH, _LENGTH, _VARIANT, *_MEASURED)
+    ),
     Table(
         title="Growth with the ascent steps",
         note="Plain takes none.",
-        **_axis("steps", _STEPS, _BATCH, _LENGTH, _VARIANT),
+        **_axis("steps", _STEPS, _BATCH, _LENGTH, _VARIANT, *_MEASURED),
     ),
     Table(
         "amortised",

@@ -1,5 +1,6 @@
 """The command that measures cost: it runs, its files have every table, and the claims that no noise disturbs hold."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -77,6 +78,31 @@ def test_grid_measures_every_variant_along_every_axis(
     for axis in ("batch", "length", "ascent steps"):
         assert f"### Growth with the {axis}" in table
     assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+def test_times_are_ratios_within_a_round(
+    benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine slows down in the second round: the ratio of the medians would be 1."""
+    measure, asked = benchmark("measure"), []
+
+    class Fake:
+        def __init__(self, name: str, answers: list[float]) -> None:
+            self.name, self.answers = name, answers
+
+        def ask(self, command: str) -> float:
+            asked.append(f"{self.name} {command}")
+            return self.answers.pop(0)
+
+    @contextlib.contextmanager
+    def workers(specs: object, environment: object = None) -> Iterator[list[Fake]]:
+        yield [Fake("plain", [9.0, 1.0, 2.0, 3.0]), Fake("ours", [9.0, 2.0, 2.0, 9.0])]
+
+    monkeypatch.setattr(measure, "workers", workers)
+    plain, ours = measure.compare([{}, {}], 3, warm=1, gauge=None)
+    assert plain == {"seconds": 2.0, "times": 1.0, "times_low": 1.0, "times_high": 1.0}
+    assert ours == {"seconds": 2.0, "times": 2.0, "times_low": 1.5, "times_high": 2.5}
+    assert asked == [f"{name} seconds" for name in ("plain", "ours", "ours", "plain") * 2]
 
 
 def test_a_part_measured_anew_leaves_the_others(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -269,21 +267,17 @@ class SmartLoss(nn.Module):
     ) -> Found:
         neighbourhoods = surround(passes.record.embeddings, mask, self.settings)
         start = starting_noise(neighbourhoods, noise, self.generator)
-        autocast_dtype = passes.record.autocast_dtype
-
-        def ascent_pass(perturbations: Sequence[Tensor], autocast: bool = True) -> AbstractContextManager[Any]:
-            return passes.perturbed(perturbations, freeze=True, autocast=autocast)
-
+        autocast_dtype, run = passes.record.autocast_dtype, partial(passes.perturbed, freeze=True)
         with passes.same_dropout():
             self._precision.look(
-                ascent_pass, neighbourhoods, start, clean, divergence, self._loss_scale, autocast_dtype, stacklevel=6
+                run, neighbourhoods, start, clean, divergence, self._loss_scale, autocast_dtype, stacklevel=6
             )
         autocast = self.settings.ascent_autocast or autocast_dtype is None
         reference = clean if autocast else passes.reference(autocast=False)
         return search(
             neighbourhoods,
             start,
-            partial(ascent_pass, autocast=autocast),
+            partial(run, autocast=autocast),
             tuple(tensor.detach() for tensor in reference),
             divergence,
             self._loss_scale,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from smartreg.divergences import Divergence, resolve_divergence
+from smartreg.draws import WORTHWHILE_ENTRIES
 from smartreg.loss_scale import LossScale
 from smartreg.output import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg.precision import PrecisionCheck
@@ -127,7 +128,7 @@ def smoothness_penalty(
     resolved = resolve_divergence(divergence)
     if noise is None:
         warn_if_nothing_to_follow(settings, resolved, stacklevel=3)
-    random = RandomState([embeds.device])
+    random = RandomState([embeds.device], remember_draws=dropout == "shared" and embeds.numel() >= WORTHWHILE_ENTRIES)
 
     @contextlib.contextmanager
     def run(
@@ -136,9 +137,14 @@ def smoothness_penalty(
         base = embeds if attached else embeds.detach()
         with random.replayed() if shared else contextlib.nullcontext():
             perturbed = (base + perturbations[0]).to(base.dtype)
-            yield compared_tensors(fn(perturbed), output_to_logits)
+            with random.draws:
+                outputs = fn(perturbed)
+            yield compared_tensors(outputs, output_to_logits)
 
-    outputs = fn(embeds) if reference is None else reference
+    outputs = reference
+    if reference is None:
+        with random.draws:
+            outputs = fn(embeds)
     clean = compared_tensors(outputs, output_to_logits)
     fixed = tuple(tensor.detach() for tensor in clean)
     neighbourhoods = surround([embeds.detach()], mask, settings)

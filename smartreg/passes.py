@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from smartreg.draws import WORTHWHILE_ENTRIES
 from smartreg.embedding import EmbeddingPass, EmbeddingTap
 from smartreg.locate import is_compiled, unwrapped, without_ddp
 from smartreg.output import OutputToLogits, compared_tensors
@@ -27,6 +28,7 @@ class ModelPasses:
         forward: the user's function.
         output_to_logits: see `SmartLoss`.
         shared_dropout: every pass starts from the random state of the clean one.
+        remember_draws: on the CPU such passes copy the dropout masks of the clean one, rather than draw them again.
     """
 
     def __init__(
@@ -37,13 +39,14 @@ class ModelPasses:
         output_to_logits: OutputToLogits | None,
         *,
         shared_dropout: bool,
+        remember_draws: bool = False,
     ) -> None:
         self._model, self._tap, self._forward = model, tap, forward
         self._output_to_logits = output_to_logits
         self._shared_dropout = shared_dropout
         self._inner = without_ddp(model)
         self._module = unwrapped(model)
-        self._random = RandomState(devices_of(self._module))
+        self._random = RandomState(devices_of(self._module), remember_draws=remember_draws and shared_dropout)
         self._state = ModuleState(self._module)
         self.record = EmbeddingPass()
 
@@ -57,7 +60,7 @@ class ModelPasses:
             Its output, the tensors to compare, and the embeddings or None.
         """
         self.record = EmbeddingPass(attached=attached and self._shared_dropout)
-        with self._tap.open(self.record), self._through_wrapper(self.record):
+        with self._tap.open(self.record), self._through_wrapper(self.record), self._random.draws:
             outputs = self._forward(self._model)
         logits = self._settle(outputs)
         complete = len(self.record.graphs) == self.record.lookups
@@ -76,6 +79,7 @@ class ModelPasses:
             stack.enter_context(self._tap.open(record))
             stack.enter_context(self._around_wrapper())
             stack.enter_context(self._autocast(autocast))
+            stack.enter_context(self._random.draws)
             if not is_compiled(self._inner):  # compiled graphs free what they save with their output anyway
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_drop, _missing))
             outputs = self._forward(self._inner)
@@ -101,7 +105,7 @@ class ModelPasses:
         """
         embedding_pass = EmbeddingPass(perturbations, bases=bases)
         with self._replayed(), frozen(self._module) if freeze else contextlib.nullcontext():
-            with self._tap.open(embedding_pass), self._around_wrapper(), self._autocast(autocast):
+            with self._tap.open(embedding_pass), self._around_wrapper(), self._autocast(autocast), self._random.draws:
                 logits = compared_tensors(self._forward(self._inner), self._output_to_logits)
             if embedding_pass.lookups != len(perturbations):
                 raise RuntimeError(
@@ -141,9 +145,14 @@ class ModelPasses:
         """
         record = EmbeddingPass(attached=attached)
         with self._random.replayed(), self._state.replayed(keep_attributes=True):
-            with self._tap.open(record), self._through_wrapper(record):
+            with self._tap.open(record), self._through_wrapper(record), self._random.draws:
                 outputs = self._forward(self._model)
             return outputs, compared_tensors(outputs, self._output_to_logits), tuple(record.graphs)
+
+    @property
+    def worth_remembering(self) -> bool:
+        """Whether the batch was large enough for `remember_draws` to save time."""
+        return sum(embedded.numel() for embedded in self.record.embeddings) >= WORTHWHILE_ENTRIES
 
     @contextlib.contextmanager
     def same_dropout(self, same: bool = True) -> Iterator[None]:

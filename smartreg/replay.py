@@ -9,15 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smartreg.draws import RememberedDraws
+
 _ABSENT = object()
 
 
 class RandomState:
-    """The state of the CPU generator and of one generator for each accelerator in use."""
+    """The state of the CPU generator and of one generator for each accelerator in use.
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    Args:
+        devices: those in use.
+        remember_draws: passes inside `draws` copy the dropout masks of an earlier one, where all runs on the CPU.
+
+    Attributes:
+        draws: the block to run such passes in; without `remember_draws` it does nothing.
+    """
+
+    def __init__(self, devices: Iterable[torch.device], *, remember_draws: bool = False) -> None:
         self.devices = sorted({d for d in devices if _has_generator(d)}, key=str)
         self._states = self._read()
+        remembers = remember_draws and not self.devices and RememberedDraws.available()
+        self.draws: contextlib.AbstractContextManager[Any] = (
+            RememberedDraws() if remembers else contextlib.nullcontext()
+        )
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:

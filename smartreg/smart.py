@@ -154,6 +154,7 @@ class SmartLoss(nn.Module):
         self._loss_scale = LossScale()
         self._precision = PrecisionCheck()
         self._warned_no_gradient = False
+        self._remember_draws = True  # as the size of the last batch has it
         self._tap: EmbeddingTap | None = EmbeddingTap(input_embeddings(unwrapped(model), embedding))
         self._warn_if_nothing_to_follow(self.divergence)
 
@@ -225,9 +226,12 @@ class SmartLoss(nn.Module):
             forward,
             self.output_to_logits,
             shared_dropout=self.settings.dropout == "shared",
+            remember_draws=self._remember_draws,
         )
         run = self._efficient if self.memory_efficient and torch.is_grad_enabled() else self._standard
-        return run(passes, mask, resolved, noise)
+        result = run(passes, mask, resolved, noise)
+        self._remember_draws = passes.worth_remembering
+        return result
 
     def _standard(self, passes: ModelPasses, mask: Masks, divergence: Divergence, noise: Noise) -> SmartOutput:
         """Clean graph and perturbed graph live side by side until the user's backward."""

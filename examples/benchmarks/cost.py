@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
         conditions = {"rounds": rounds, "load before": round(before, 2)}
         conditions["minutes"] = round((time.monotonic() - started) / 60, 1)
         place = f"grid, {', '.join(options.axes)}" if name == "grid" else name
-        results.setdefault("conditions", {})[place] = conditions
+        others = results.get("conditions", {})
+        results["conditions"] = (without_axes(others, options.axes) if name == "grid" else others) | {place: conditions}
         write(options.output_dir, results)
     show(console, results)
     for path in write(options.output_dir, results):
@@ -99,6 +101,21 @@ def earlier(folder: Path, fresh: dict[str, Any]) -> dict[str, Any]:
             f"{folder}: holds results of another machine or other settings ({', '.join(differing)}); name another one"
         )
     return found
+
+
+def without_axes(conditions: dict[str, Any], axes: Sequence[str]) -> dict[str, Any]:
+    """The conditions of what is left of earlier results once these axes of the grid have been measured anew.
+
+    >>> without_axes({"kept": 1, "grid, main, batch": 2, "grid, steps": 3}, ["main", "steps"])
+    {'kept': 1, 'grid, batch': 2}
+    """
+    left = {}
+    for place, found in conditions.items():
+        section, *measured = place.split(", ")
+        remaining = [axis for axis in measured if axis not in axes]
+        if remaining or not measured:
+            left[", ".join([section, *remaining])] = found
+    return left
 
 
 def _place_in_grid(row: dict[str, Any]) -> int:

@@ -92,6 +92,7 @@ def compare(
     rounds: int,
     *,
     warm: int = 0,
+    lead: int = 0,
     gauge: str | None = "peak",
     environment: Mapping[str, str] | None = None,
 ) -> list[dict[str, float]]:
@@ -104,6 +105,8 @@ def compare(
         specs: what to compare; the first is the yardstick.
         rounds: how often time is measured.
         warm: rounds before them that do not count.
+        lead: calls right before each timed one, as in a loop. Memory that a process freed while others had their turn
+            may have gone back to the host of a virtual machine, which a training loop never waits for.
         gauge: the command that weighs a call, `peak` or `allocated`; None leaves memory out.
         environment: variables to add for the processes whose time is taken.
 
@@ -121,6 +124,8 @@ def compare(
         for turn in range(warm + rounds):
             order = range(len(specs))
             for index in reversed(order) if turn % 2 else order:
+                for _ in range(lead):
+                    started[index].ask("result")
                 seconds[index].append(started[index].ask("seconds"))
     seconds = [own[warm:] for own in seconds]
     for row, own in zip(measured, seconds, strict=True):

@@ -90,7 +90,7 @@ def grid(run: Run) -> list[Row]:
         if key not in known:
             run.say(f"batch {shape[0]}, length {shape[1]}, steps {steps}")
             known[key] = compare(
-                [run.spec("variants", shape, steps, variant=name) for name in ALL], run.rounds, gauge=run.gauge
+                [run.spec("variants", shape, steps, variant=name) for name in ALL], run.rounds, gauge=run.gauge, lead=1
             )
         if (shape[1], steps) not in counted:
             counted[shape[1], steps] = ask_once(run.spec("flops", shape, steps), "result")

@@ -59,8 +59,9 @@ def test_grid_measures_every_variant_along_every_axis(
     sections, report = benchmark("sections"), benchmark("report")
     compared = []
 
-    def compare(specs: list[dict[str, Any]], rounds: int, gauge: str) -> list[dict[str, float]]:
+    def compare(specs: list[dict[str, Any]], rounds: int, gauge: str, lead: int) -> list[dict[str, float]]:
         assert [spec["variant"] for spec in specs] == ["plain", STANDARD, EFFICIENT, PEER]
+        assert lead == 1
         compared.append((specs[0]["batch"], specs[0]["length"], specs[0]["steps"]))
         return [
             {"seconds": n, "times": n, "times_low": n, "times_high": n + 0.1, "bytes": 1e9 * n, "times_bytes": n}
@@ -137,7 +138,7 @@ def test_a_part_measured_anew_leaves_the_others(
     assert results["averages"] == [{"seconds": 1.0}]
     assert [(place, row["rounds"]) for place, row in results["conditions"].items()] == [
         ("agreement", 9),
-        ("grid, main, batch, length, steps", 5),
+        ("grid, main, length, steps", 5),
         ("averages", 5),
         ("grid, batch", 9),
     ]

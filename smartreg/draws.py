@@ -56,5 +56,5 @@ class RememberedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
             torch.set_rng_state(after)
             return drawn.copy_(mask)
         func(*args)
-        self._draws[key] = drawn.bool(), torch.get_rng_state()
+        self._draws[key] = drawn.to(torch.bool, copy=True), torch.get_rng_state()  # copied: the caller may write to it
         return drawn

@@ -227,7 +227,7 @@ def test_draws_and_generator_are_as_without() -> None:
         torch.manual_seed(5)
         made = []
         for probability in (0.3, 0.3, 0.9):
-            for dtype in (torch.float32, torch.bfloat16, torch.int64):
+            for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool):
                 for empty in (torch.empty(40, 7, dtype=dtype), torch.empty(7, 40, dtype=dtype).t()):
                     state = torch.get_rng_state()
                     made.append(empty.bernoulli_(probability))
@@ -242,3 +242,16 @@ def test_draws_and_generator_are_as_without() -> None:
         with remembered:
             found = draw()
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_what_the_caller_does_with_a_draw_stays_his(dtype: torch.dtype) -> None:
+    """The first draw is written over; the second, from the same state, is what torch draws."""
+    torch.manual_seed(5)
+    expected = torch.empty(40, 7, dtype=dtype).bernoulli_(0.5)
+    with RememberedDraws():
+        for _ in range(3):
+            torch.manual_seed(5)
+            found = torch.empty(40, 7, dtype=dtype).bernoulli_(0.5)
+            assert torch.equal(found, expected)
+            found.copy_(found == 0)

@@ -42,7 +42,7 @@ def blockwise_symmetric_kl(a: Tensor, b: Tensor, keep: Tensor | None) -> Tensor:
     dtype = _compute_dtype(a, b)
     store_a, store_b = (torch.is_grad_enabled() and x.requires_grad and x.dtype == dtype for x in (a, b))
     values: Tensor
-    values, _, _ = _BlockwiseSymmetricKL.apply(a, b, keep, store_a, store_b)  # type: ignore[no-untyped-call]  # torch's
+    values, _, _ = _BlockwiseSymmetricKL.apply(a, b, keep, store_a, store_b)  # type: ignore[no-untyped-call]  # torch: no types
     return values
 
 
@@ -94,7 +94,7 @@ class _BlockwiseSymmetricKL(torch.autograd.Function):
                 tensors.append(None if tensor is None else tensor.movedim(dim, 0))
             else:
                 tensors.append(tensor.expand(info.batch_size, *tensor.shape))
-        output = _BlockwiseSymmetricKL.apply(*tensors, *arguments[3:])  # type: ignore[no-untyped-call]  # torch's
+        output = _BlockwiseSymmetricKL.apply(*tensors, *arguments[3:])  # type: ignore[no-untyped-call]  # torch: no types
         return output, tuple(None if tensor is None else 0 for tensor in output)
 
 

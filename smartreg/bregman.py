@@ -130,7 +130,7 @@ class MomentumBregman(nn.Module):
         """
         if torch.compiler.is_compiling():
             # A compiled training step is split here: hooks and the pairing of names are not for a graph.
-            eager: Callable[..., Tensor] = torch.compiler.disable(self._penalty)  # type: ignore[no-untyped-call]  # torch's
+            eager: Callable[..., Tensor] = torch.compiler.disable(self._penalty)  # type: ignore[no-untyped-call]  # torch: no types
             return eager(forward, outputs, divergence)
         return self._penalty(forward, outputs, divergence)
 

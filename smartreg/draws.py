@@ -16,6 +16,11 @@ WORTHWHILE_ENTRIES = 2**17
 _bernoulli = torch.ops.aten.bernoulli_.float
 
 
+def worth_remembering(embeddings: Iterable[Tensor]) -> bool:
+    """Whether remembering the draws of a pass over this batch saves time."""
+    return sum(embedded.numel() for embedded in embeddings) >= WORTHWHILE_ENTRIES
+
+
 class RememberedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it without types
     """In this block a Bernoulli draw that was made before, from the same state of the CPU generator, is copied.
 
@@ -28,12 +33,12 @@ class RememberedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without types
         self._draws: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}  # to the mask, and the state after
 
     @classmethod
     def available(cls) -> bool:
-        """Under an older torch such a block would switch `torch.compile` off."""
+        """Not under a torch without this method, where such a block may switch `torch.compile` off."""
         return hasattr(TorchDispatchMode, "ignore_compile_internals")
 
     @classmethod

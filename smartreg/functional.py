@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smartreg.divergences import Divergence, resolve_divergence
-from smartreg.draws import WORTHWHILE_ENTRIES
+from smartreg.draws import worth_remembering
 from smartreg.loss_scale import LossScale
 from smartreg.output import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg.precision import PrecisionCheck
@@ -128,7 +128,7 @@ def smoothness_penalty(
     resolved = resolve_divergence(divergence)
     if noise is None:
         warn_if_nothing_to_follow(settings, resolved, stacklevel=3)
-    random = RandomState([embeds.device], remember_draws=dropout == "shared" and embeds.numel() >= WORTHWHILE_ENTRIES)
+    random = RandomState([embeds.device], remember_draws=dropout == "shared" and worth_remembering([embeds]))
 
     @contextlib.contextmanager
     def run(

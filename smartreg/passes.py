@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smartreg.draws import WORTHWHILE_ENTRIES
 from smartreg.embedding import EmbeddingPass, EmbeddingTap
 from smartreg.locate import is_compiled, unwrapped, without_ddp
 from smartreg.output import OutputToLogits, compared_tensors
@@ -148,11 +147,6 @@ class ModelPasses:
             with self._tap.open(record), self._through_wrapper(record), self._random.draws:
                 outputs = self._forward(self._model)
             return outputs, compared_tensors(outputs, self._output_to_logits), tuple(record.graphs)
-
-    @property
-    def worth_remembering(self) -> bool:
-        """Whether the batch was large enough for `remember_draws` to save time."""
-        return sum(embedded.numel() for embedded in self.record.embeddings) >= WORTHWHILE_ENTRIES
 
     @contextlib.contextmanager
     def same_dropout(self, same: bool = True) -> Iterator[None]:

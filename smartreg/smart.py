@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from smartreg.divergences import Divergence, resolve_divergence
+from smartreg.draws import worth_remembering
 from smartreg.embedding import EmbeddingTap
 from smartreg.locate import input_embeddings, unwrapped
 from smartreg.loss_scale import LossScale
@@ -230,7 +231,7 @@ class SmartLoss(nn.Module):
         )
         run = self._efficient if self.memory_efficient and torch.is_grad_enabled() else self._standard
         result = run(passes, mask, resolved, noise)
-        self._remember_draws = passes.worth_remembering
+        self._remember_draws = worth_remembering(passes.record.embeddings)
         return result
 
     def _standard(self, passes: ModelPasses, mask: Masks, divergence: Divergence, noise: Noise) -> SmartOutput:

@@ -106,6 +106,30 @@ def test_times_are_ratios_within_a_round(
     assert asked == [f"{name} seconds" for name in ("plain", "ours", "ours", "plain") * 2]
 
 
+def test_leading_calls_run_right_before_the_timed_one_and_do_not_count(
+    benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, asked = benchmark("measure"), []
+
+    class Fake:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def ask(self, command: str) -> float | None:
+            asked.append(f"{self.name} {command}")
+            return 2.0 if command == "seconds" else None
+
+    @contextlib.contextmanager
+    def workers(specs: object, environment: object = None) -> Iterator[list[Fake]]:
+        yield [Fake("plain"), Fake("ours")]
+
+    monkeypatch.setattr(measure, "workers", workers)
+    rows = measure.compare([{}, {}], 2, lead=2, gauge=None)
+    assert [row["seconds"] for row in rows] == [2.0, 2.0]
+    turn = ("result", "result", "seconds")
+    assert asked == [f"{name} {command}" for name in ("plain", "ours", "ours", "plain") for command in turn]
+
+
 def test_a_part_measured_anew_leaves_the_others(
     benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

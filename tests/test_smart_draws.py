@@ -10,10 +10,11 @@ from smart_models import CLASSES, FEATURES, VOCABULARY
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from smartreg import SmartLoss, smoothness_penalty
+from smartreg import SmartLoss, replay, smoothness_penalty
 from smartreg.draws import WORTHWHILE_ENTRIES, RememberedDraws
 
 # Dynamo looks at `.grad` of what enters a graph, and hides this warning in a way that does not reach pytest's filter.
@@ -110,6 +111,20 @@ def draws_of(call: Callable[[], Any]) -> int:
     return draws.count
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[RememberedDraws]]:
+    """Every memory of draws that the test has had made."""
+    references: list[weakref.ref[RememberedDraws]] = []
+
+    class Watched(RememberedDraws):
+        def __init__(self) -> None:
+            super().__init__()
+            references.append(weakref.ref(self))
+
+    monkeypatch.setattr(replay, "RememberedDraws", Watched)
+    return references
+
+
 @needs_modes_beside_compile
 @both_modes
 @pytest.mark.parametrize("steps", [0, 1, 3])
@@ -134,10 +149,22 @@ def test_the_function_of_embeddings_draws_each_mask_once() -> None:
     assert draws_of(lambda: smoothness_penalty(lambda x: F.dropout(x, 0.2).mean(dim=1), embedded[1:])) == 3
 
 
-def test_independent_masks_are_drawn_in_every_pass() -> None:
+def test_independent_masks_are_drawn_in_every_pass_and_not_kept(made: list[weakref.ref[RememberedDraws]]) -> None:
     smart = SmartLoss(model(), embedding="embedding", dropout="independent", epsilon=0.0)
     assert draws_of(lambda: smart(lambda m: m(IDS))) == 4
     assert smart.stats.penalty > 0
+    embedded = torch.randn(LARGE, TOKENS, FEATURES)
+    smoothness_penalty(lambda x: F.dropout(x, 0.2).mean(dim=1), embedded, dropout="independent")
+    assert made == []
+
+
+def test_nothing_is_watched_where_an_accelerator_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each operation that is looked at on the CPU would keep the accelerator waiting, which draws fast anyway."""
+    monkeypatch.setattr(replay, "_has_generator", lambda device: device.type == "cuda")
+    monkeypatch.setattr(replay, "_get_state", lambda device: torch.zeros(1))
+    for devices in ({"cuda:0"}, {"cpu", "cuda:0"}):
+        state = replay.RandomState(map(torch.device, devices), remember_draws=True)
+        assert not isinstance(state.draws, RememberedDraws)
 
 
 def everything(made: Model, forward: Callable[[Any], Tensor], **options: Any) -> list[Tensor]:
@@ -189,19 +216,11 @@ def test_without_a_perturbation_the_penalty_is_exactly_zero(between: Layer, memo
 
 
 @both_modes
-def test_the_masks_are_gone_after_the_call(memory_efficient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: list[weakref.ref[RememberedDraws]] = []
-
-    class Watched(RememberedDraws):
-        def __init__(self) -> None:
-            super().__init__()
-            alive.append(weakref.ref(self))
-
-    monkeypatch.setattr("smartreg.replay.RememberedDraws", Watched)
+def test_the_masks_are_gone_after_the_call(memory_efficient: bool, made: list[weakref.ref[RememberedDraws]]) -> None:
     smart = SmartLoss(model(), embedding="embedding", memory_efficient=memory_efficient)
     _, penalty = smart(lambda m: m(IDS))
-    assert len(alive) == 1
-    assert alive[0]() is None
+    assert len(made) == 1
+    assert made[0]() is None
     penalty.backward()
 
 
@@ -255,3 +274,21 @@ def test_what_the_caller_does_with_a_draw_stays_his(dtype: torch.dtype) -> None:
             found = torch.empty(40, 7, dtype=dtype).bernoulli_(0.5)
             assert torch.equal(found, expected)
             found.copy_(found == 0)
+
+
+@pytest.mark.parametrize("other", ["meta device", "tensor subclass"])
+def test_only_plain_tensors_of_the_cpu_are_remembered(other: str) -> None:
+    """A draw of another kind from the same state, of the same shape, is not copied to one, nor from one."""
+    torch.manual_seed(5)
+    expected = torch.empty(40, 7).bernoulli_(0.5)
+    with RememberedDraws():
+        for _ in range(2):
+            torch.manual_seed(5)
+            empty = torch.empty(40, 7)
+            unlike = torch.empty(40, 7, device="meta") if other == "meta device" else TwoTensor(empty, empty.clone())
+            drawn = unlike.bernoulli_(0.5)
+            assert type(drawn) is type(unlike)
+            torch.manual_seed(5)
+            found = torch.empty(40, 7).bernoulli_(0.5)
+            assert type(found) is Tensor
+            assert torch.equal(found, expected)

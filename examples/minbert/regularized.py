@@ -47,9 +47,9 @@ class Objective:
                 steps=settings.ascent_steps,
                 norm=settings.norm,
                 norm_over=settings.norm_over,  # type: ignore[arg-type]  # argparse checked the choice
-                epsilon_scale=settings.epsilon_scale,  # type: ignore[arg-type]  # likewise
-                ascent=settings.ascent,  # type: ignore[arg-type]  # likewise
-                dropout=settings.smart_dropout,  # type: ignore[arg-type]  # likewise
+                epsilon_scale=settings.epsilon_scale,  # type: ignore[arg-type]  # argparse checked the choice
+                ascent=settings.ascent,  # type: ignore[arg-type]  # argparse checked the choice
+                dropout=settings.smart_dropout,  # type: ignore[arg-type]  # argparse checked the choice
                 detach_reference=settings.detach_reference,
                 memory_efficient=settings.memory_efficient,
             )

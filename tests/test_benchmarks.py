@@ -61,7 +61,7 @@ def test_grid_measures_every_variant_along_every_axis(
 
     def compare(specs: list[dict[str, Any]], rounds: int, gauge: str, lead: int) -> list[dict[str, float]]:
         assert [spec["variant"] for spec in specs] == ["plain", STANDARD, EFFICIENT, PEER]
-        assert lead == 1
+        assert lead == 3
         compared.append((specs[0]["batch"], specs[0]["length"], specs[0]["steps"]))
         return [
             {"seconds": n, "times": n, "times_low": n, "times_high": n + 0.1, "bytes": 1e9 * n, "times_bytes": n}
@@ -168,14 +168,29 @@ def test_a_part_measured_anew_leaves_the_others(
     ]
     with pytest.raises(SystemExit, match=r"other settings \(threads\); name another one"):
         cost.main([*folder, "averages", "--threads", "77"])
+    with pytest.raises(SystemExit, match=r"other settings \(untimed steps before each of the grid\)"):
+        cost.main([*folder, "grid", "--lead", "1"])
 
 
-@pytest.mark.parametrize("arguments", [("--sections", "everything"), ()])
-def test_bad_command_line(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    done = run(*arguments, *(("--output-dir", str(tmp_path)) if arguments else ()))
-    assert done.returncode == 2
-    expected = "expected any of agreement, grid" if arguments else "required: --output-dir"
-    assert expected in " ".join(done.stderr.split())
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "required: --output-dir"),
+        (("--output-dir", "unused", "--sections", "everything"), "expected any of agreement, grid"),
+        (("--output-dir", "unused", "--rounds", "0"), "expected a whole number of at least 1, got 0"),
+        (("--output-dir", "unused", "--lead", "-1"), "expected a whole number of at least 0, got -1"),
+    ],
+)
+def test_bad_command_line(
+    benchmark: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    expected: str,
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        benchmark("cost").main(list(arguments))
+    assert ended.value.code == 2
+    assert expected in " ".join(capsys.readouterr().err.split())
 
 
 def test_arithmetic_is_at_its_floor(benchmark: Callable[[str], ModuleType]) -> None:

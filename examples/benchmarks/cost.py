@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--sections", type=_sections, help=f"comma-separated, of {', '.join(SECTIONS)} (default: all)")
     made.add_argument("--axes", type=_axes, default=AXES, help=f"of the grid, any of {', '.join(AXES)} (default: all)")
-    made.add_argument("--rounds", type=int, help="how often each time is taken (default: 5; 2 with --quick)")
+    made.add_argument("--rounds", type=_count(1), help="how often each time is taken (default: 5; 2 with --quick)")
+    made.add_argument(
+        "--lead", type=_count(0), default=3, help="untimed steps before each timed one of the grid (default: 3)"
+    )
     made.add_argument(
         "--memory", choices=MEMORY, default="resident", help="resident memory, or what torch's CPU allocator counts"
     )
@@ -62,11 +65,12 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     rounds = options.rounds or (2 if options.quick else 5)
     shapes = QUICK if options.quick else {}
-    shapes = {**shapes, "axes": options.axes}
+    shapes = {**shapes, "axes": options.axes, "lead": options.lead}
     run = Run(options.device, options.threads, rounds, lambda text: console.log(text), MEMORY[options.memory], **shapes)
     names = options.sections or [name for name in SECTIONS if not (options.quick and name in LEFT_OUT_OF_QUICK)]
     settings = {"device": run.device, "threads": run.threads, "dtype": "float32", "model": run.size}
     settings["memory is"] = method(run.device, run.gauge)
+    settings["untimed steps before each of the grid"] = run.lead
     results = earlier(options.output_dir, {"machine": describe(run.device), "settings": settings})
     # Gradients are compared first, whatever was asked for: times of modes that disagree mean nothing.
     for name in dict.fromkeys(["agreement", *names]):
@@ -124,6 +128,15 @@ def _place_in_grid(row: dict[str, Any]) -> int:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _count(least: int) -> Callable[[str], int]:
+    def count(value: str) -> int:
+        if not value.isdecimal() or int(value) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {value}")
+        return int(value)
+
+    return count
 
 
 def _sections(value: str) -> tuple[str, ...]:

@@ -35,6 +35,9 @@ class Run:
         say: where progress is told.
         gauge: how memory is weighed, `peak` or `allocated`.
         axes: which parts of the grid to measure.
+        lead: steps before each timed one of the grid. The C library learns from the first few which freed memory to
+            keep, and what went back to the system while the others had their turn is asked for again: a training loop
+            has both behind it.
     """
 
     device: str
@@ -53,6 +56,7 @@ class Run:
     limit: int = 2 * 2**30
     fit_length: int = 32
     axes: tuple[str, ...] = AXES
+    lead: int = 3
     shared: Row = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,9 +93,8 @@ def grid(run: Run) -> list[Row]:
         key = (shape, steps)
         if key not in known:
             run.say(f"batch {shape[0]}, length {shape[1]}, steps {steps}")
-            known[key] = compare(
-                [run.spec("variants", shape, steps, variant=name) for name in ALL], run.rounds, gauge=run.gauge, lead=1
-            )
+            specs = [run.spec("variants", shape, steps, variant=name) for name in ALL]
+            known[key] = compare(specs, run.rounds, gauge=run.gauge, lead=run.lead)
         if (shape[1], steps) not in counted:
             counted[shape[1], steps] = ask_once(run.spec("flops", shape, steps), "result")
         flops = counted[shape[1], steps]

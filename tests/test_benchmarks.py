@@ -61,7 +61,7 @@ def test_grid_measures_every_variant_along_every_axis(
 
     def compare(specs: list[dict[str, Any]], rounds: int, gauge: str, lead: int) -> list[dict[str, float]]:
         assert [spec["variant"] for spec in specs] == ["plain", STANDARD, EFFICIENT, PEER]
-        assert lead == 3
+        assert lead == 2
         compared.append((specs[0]["batch"], specs[0]["length"], specs[0]["steps"]))
         return [
             {"seconds": n, "times": n, "times_low": n, "times_high": n + 0.1, "bytes": 1e9 * n, "times_bytes": n}
@@ -70,7 +70,7 @@ def test_grid_measures_every_variant_along_every_axis(
 
     monkeypatch.setattr(sections, "compare", compare)
     monkeypatch.setattr(sections, "ask_once", lambda spec, _: dict.fromkeys(("plain", STANDARD, EFFICIENT, PEER), 3))
-    rows = sections.grid(sections.Run("cpu", 1, 5, lambda text: None))
+    rows = sections.grid(sections.Run("cpu", 1, 5, lambda text: None, lead=2))
     assert len(compared) == len(set(compared)), "no shape is measured twice"
     assert {(32, 128, 1), (8, 32, 1), (64, 32, 1), (8, 256, 1), (8, 128, 3)} <= set(compared)
     report.write(tmp_path, {"machine": {}, "settings": {}, "grid": rows})
@@ -160,6 +160,7 @@ def test_a_part_measured_anew_leaves_the_others(
         ("steps", 1.0),
     ]
     assert results["averages"] == [{"seconds": 1.0}]
+    assert results["settings"]["untimed steps before each of the grid"] == 3
     assert [(place, row["rounds"]) for place, row in results["conditions"].items()] == [
         ("agreement", 9),
         ("grid, main, length, steps", 5),
@@ -188,7 +189,7 @@ def test_bad_command_line(
     expected: str,
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        benchmark("cost").main(list(arguments))
+        benchmark("cost").parser().parse_args(arguments)
     assert ended.value.code == 2
     assert expected in " ".join(capsys.readouterr().err.split())
 

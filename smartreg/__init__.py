@@ -1,13 +1,13 @@
 """SMART regularization for PyTorch (Jiang et al., ACL 2020)."""
 
-from smartreg.beta import paper_beta
-from smartreg.bregman import MomentumBregman
+from smartreg._warnings import SmartWarning
+from smartreg.bregman import MomentumBregman, paper_beta
+from smartreg.diagnosis import diagnose
 from smartreg.divergences import binary_symmetric_kl, hellinger, jensen_shannon, kl, mse, symmetric_kl
-from smartreg.epsilon_sweep import diagnose
-from smartreg.errors import SmartWarning
 from smartreg.functional import smoothness_penalty
+from smartreg.results import SmartOutput
 from smartreg.schedule import SlantedTriangularLR
-from smartreg.smart import SmartLoss, SmartOutput
+from smartreg.smart import SmartLoss
 
 __version__ = "0.1.0"
 

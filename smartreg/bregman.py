@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smartreg.beta import checked_beta
-from smartreg.calls import noting_calls
-from smartreg.divergences import Divergence, resolve_divergence
-from smartreg.output import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
-from smartreg.pairing import listed
-from smartreg.teacher import Teacher
+from smartreg._outputs import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
+from smartreg._teacher.parameters import listed
+from smartreg._teacher.teacher import Teacher
+from smartreg._wrappers import noting_calls
+from smartreg.divergences import Divergence, name_of, resolve_divergence
 
 Forward = Callable[[nn.Module], Any]
 
@@ -21,8 +22,8 @@ Forward = Callable[[nn.Module], Any]
 class MomentumBregman(nn.Module):
     r"""The Bregman proximal term of SMART, with a teacher that follows by momentum.
 
-    $$D_{\text{Breg}}(\theta, \tilde\theta) = \frac1n \sum_i \ell_s\big(f(x_i;\theta), f(x_i;\tilde\theta)\big), \qquad
-    \tilde\theta_{t+1} = (1-\beta)\,\theta_{t+1} + \beta\,\tilde\theta_t$$
+    \[ D_{\text{Breg}}(\theta, \tilde\theta) = \frac1n \sum_i \ell_s\big(f(x_i;\theta), f(x_i;\tilde\theta)\big),
+    \qquad \tilde\theta_{t+1} = (1-\beta)\,\theta_{t+1} + \beta\,\tilde\theta_t \]
 
     where f is the model, \(\ell_s\) the divergence and \(\tilde\theta\) the weights of the teacher. The first is
     what a call returns, to be multiplied by μ and added to the loss; the second is `update()`, to be called after the
@@ -47,20 +48,20 @@ class MomentumBregman(nn.Module):
     the model too, unless both are copied in one go.
 
     Args:
-        model: the model in training, wrapped (`DistributedDataParallel`, `torch.compile`, PEFT) or not. Its parameters
+        model: The model in training, wrapped (`DistributedDataParallel`, `torch.compile`, PEFT) or not. Its parameters
             are paired by name, without the names of wrappers.
         beta: β in [0, 1), or a function of the 0-based index of the update, such as `paper_beta(total_steps)`.
         divergence: \(\ell_s\), a name or a function of (student, teacher) that returns a scalar.
-        teacher: the teacher at the start, with the weights \(\tilde\theta_0\), as a module with the parameters of the
+        teacher: The teacher at the start, with the weights \(\tilde\theta_0\), as a module with the parameters of the
             model. Frozen and set to eval mode, otherwise used as it is. None: a copy of the model. Pass one where a
             copy cannot be made, as with FSDP2: build it before sharding, and shard it in the same way.
-        output_to_logits: from what `forward` returned to the tensor, or the sequence of tensors, to compare. None: a
+        output_to_logits: From what `forward` returned to the tensor, or the sequence of tensors, to compare. None: a
             tensor is itself, otherwise `.logits` or `["logits"]`.
 
     Raises:
-        TypeError: an argument is of the wrong type.
+        TypeError: An argument is of the wrong type.
         ValueError: β is out of range, the divergence unknown, or the teacher does not fit the model.
-        RuntimeError: the model cannot be copied.
+        RuntimeError: The model cannot be copied.
 
     Example:
         >>> import torch
@@ -99,7 +100,7 @@ class MomentumBregman(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module, got {type(model).__name__}")
         if not callable(beta):
-            checked_beta(beta)
+            _checked_beta(beta)
         check_output_to_logits(output_to_logits)
         # Past the registration of submodules: a divergence may be a module, and a Teacher holds two.
         settings = {"beta": beta, "divergence": resolve_divergence(divergence), "output_to_logits": output_to_logits}
@@ -115,17 +116,17 @@ class MomentumBregman(nn.Module):
         """The penalty D_Breg, without μ.
 
         Args:
-            forward: runs the module given to it once and returns its output, as in `lambda m: m(**batch)`. It is called
+            forward: Runs the module given to it once and returns its output, as in `lambda m: m(**batch)`. It is called
                 with the teacher, under `no_grad`.
-            outputs: what the model returned for the same batch, with its graph.
-            divergence: in place of the constructor's, for a task of its own.
+            outputs: What the model returned for the same batch, with its graph.
+            divergence: In place of the constructor's, for a task of its own.
 
         Returns:
             A scalar. Gradients reach `outputs` alone.
 
         Raises:
             TypeError: `forward` cannot be called, or no tensor can be taken from the outputs.
-            ValueError: the two outputs differ in shape, or the divergence returns no scalar.
+            ValueError: The two outputs differ in shape, or the divergence returns no scalar.
             RuntimeError: `forward` never called the teacher, or the model's parameters have changed.
         """
         if torch.compiler.is_compiling():
@@ -155,11 +156,11 @@ class MomentumBregman(nn.Module):
         After a step that a gradient scaler skipped, skip it too.
 
         Raises:
-            TypeError, ValueError: the function `beta` returned no number in [0, 1).
-            RuntimeError: the parameters of the model have changed, or it trains one that the teacher shares. The
+            TypeError, ValueError: The function `beta` returned no number in [0, 1).
+            RuntimeError: The parameters of the model have changed, or it trains one that the teacher shares. The
                 message names them; the teacher has not moved.
         """
-        beta = checked_beta(self.beta(self.updates) if callable(self.beta) else self.beta)
+        beta = _checked_beta(self.beta(self.updates) if callable(self.beta) else self.beta)
         self._teacher.move(beta)
         self.updates += 1
 
@@ -167,10 +168,10 @@ class MomentumBregman(nn.Module):
         """Copies the averaged weights, and with them the shared ones and the persistent buffers, into `model`.
 
         Args:
-            model: a module with the parameters of the model, wrapped or not; the model itself too.
+            model: A module with the parameters of the model, wrapped or not; the model itself too.
 
         Raises:
-            ValueError: its parameters differ in name or shape; it is as it was.
+            ValueError: Its parameters differ in name or shape; it is as it was.
 
         Example:
             >>> import torch
@@ -182,7 +183,8 @@ class MomentumBregman(nn.Module):
         self._teacher.copy_to(model)
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}, divergence={getattr(self.divergence, '__name__', self.divergence)}"
+        """What printing shows."""
+        return f"beta={self.beta}, divergence={name_of(self.divergence)}, updates={self.updates}"
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A flat mapping of tensors, which safetensors can hold: the counter, the averages, and which are shared.
@@ -236,3 +238,50 @@ def _misfit(teacher: Teacher, averages: dict[str, Tensor], shared: set[str]) -> 
         ),
     }
     return "; ".join(f"{what}: {names}" for what, names in parts.items() if names)
+
+
+def paper_beta(total_steps: int) -> Callable[[int], float]:
+    r"""The paper's momentum: β = 0.99 for the first tenth of the updates, 0.999 after.
+
+    Args:
+        total_steps: The number of calls of `MomentumBregman.update()` in the whole run.
+
+    Returns:
+        A function of the 0-based index of the update, for `MomentumBregman(model, beta=...)`. It can be pickled.
+
+    Raises:
+        TypeError: `total_steps` is no int.
+        ValueError: `total_steps` is less than 1.
+
+    Example:
+        >>> beta = paper_beta(30)
+        >>> [beta(update) for update in (0, 2, 3, 29)]
+        [0.99, 0.99, 0.999, 0.999]
+
+    Reference:
+        Jiang et al. 2020, SMART, doi 10.18653/v1/2020.acl-main.197, implementation details.
+    """
+    if isinstance(total_steps, bool) or not isinstance(total_steps, Integral):
+        raise TypeError(f"total_steps must be an int, got {total_steps!r}")
+    if total_steps < 1:
+        raise ValueError(f"total_steps must be 1 or more, got {total_steps}")
+    return partial(_paper_beta, total_steps=int(total_steps))
+
+
+def _paper_beta(update: int, total_steps: int) -> float:
+    return 0.99 if 10 * update < total_steps else 0.999
+
+
+def _checked_beta(beta: Any) -> float:
+    """β as a float.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not in [0, 1).
+    """
+    if isinstance(beta, bool) or not isinstance(beta, Real):
+        raise TypeError(f"beta must be a number in [0, 1), or a function that returns one, got {beta!r}")
+    value = float(beta)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"beta must be in [0, 1), got {value}; with 1 the teacher would never move")
+    return value

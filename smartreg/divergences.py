@@ -6,15 +6,16 @@ handed to the regularizers may be any callable of two tensors that returns a sca
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from smartreg import _divergence_formulas as formulas
-from smartreg._blockwise_symmetric_kl import blockwise_symmetric_kl
+from smartreg._divergences import formulas
+from smartreg._divergences.blockwise import blockwise_symmetric_kl
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
+Kind = Literal["softmax", "bernoulli", "value"]
 
 _REDUCTIONS = ("none", "sum", "mean")
 
@@ -166,14 +167,25 @@ def mse(input: Tensor, target: Tensor, *, mask: Tensor | None = None, reduction:
     return _over_elements(lambda a, b: (a - b).square(), "mse", input, target, mask, reduction)
 
 
-BUILTIN: dict[str, Callable[..., Tensor]] = {
-    "symmetric_kl": symmetric_kl,
-    "binary_symmetric_kl": binary_symmetric_kl,
-    "mse": mse,
-    "kl": kl,
-    "jensen_shannon": jensen_shannon,
-    "hellinger": hellinger,
-}
+class Builtin(NamedTuple):
+    """A divergence of this file and what it compares."""
+
+    function: Callable[..., Tensor]
+    kind: Kind
+
+
+# The one place where a divergence is made known: its name, what `diagnose` counts as a prediction, what the ascent may
+# assume of it (a gradient of 0 at equality) follow from its row.
+REGISTRY = (
+    Builtin(symmetric_kl, "softmax"),
+    Builtin(binary_symmetric_kl, "bernoulli"),
+    Builtin(mse, "value"),
+    Builtin(kl, "softmax"),
+    Builtin(jensen_shannon, "softmax"),
+    Builtin(hellinger, "softmax"),
+)
+
+BUILTIN: dict[str, Callable[..., Tensor]] = {row.function.__name__: row.function for row in REGISTRY}
 
 
 def resolve_divergence(divergence: str | Divergence) -> Divergence:
@@ -208,6 +220,33 @@ def resolve_divergence(divergence: str | Divergence) -> Divergence:
     return divergence
 
 
+def kind_of(divergence: Divergence) -> Kind | None:
+    """What a divergence of this file compares, also behind `functools.partial`; None for one of the user's own.
+
+    Example:
+        >>> from functools import partial
+        >>> from smartreg.divergences import kind_of, mse
+        >>> kind_of(partial(mse, reduction="sum"))
+        'value'
+        >>> kind_of(lambda a, b: (a - b).abs().sum()) is None
+        True
+    """
+    while isinstance(divergence, partial):
+        divergence = divergence.func
+    return next((row.kind for row in REGISTRY if row.function is divergence), None)
+
+
+def name_of(divergence: Divergence) -> str:
+    """What to call a divergence when it is printed.
+
+    Example:
+        >>> from smartreg.divergences import mse, name_of
+        >>> name_of(mse)
+        'mse'
+    """
+    return getattr(divergence, "__name__", None) or repr(divergence)
+
+
 def is_builtin(divergence: Divergence) -> bool:
     """Whether `divergence` is one of this file's, also behind `functools.partial`: its gradient is 0 at equality.
 
@@ -217,8 +256,7 @@ def is_builtin(divergence: Divergence) -> bool:
         >>> is_builtin(partial(mse, reduction="sum")), is_builtin(lambda a, b: (a - b).abs().sum())
         (True, False)
     """
-    function = divergence.func if isinstance(divergence, partial) else divergence
-    return any(function is builtin for builtin in BUILTIN.values())
+    return kind_of(divergence) is not None
 
 
 def _over_classes(

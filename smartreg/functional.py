@@ -6,20 +6,22 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from smartreg._ascent.objective import Objective
+from smartreg._ascent.precision import PrecisionCheck
+from smartreg._ascent.search import search
+from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings
+from smartreg._ascent.start import Noise, balls_around, starting_noise, warn_if_nothing_to_follow
+from smartreg._loss_scale import LossScale
+from smartreg._model.replay import RandomState, worth_remembering
+from smartreg._outputs import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg.divergences import Divergence, resolve_divergence
-from smartreg.draws import worth_remembering
-from smartreg.loss_scale import LossScale
-from smartreg.output import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
-from smartreg.precision import PrecisionCheck
-from smartreg.replay import RandomState
-from smartreg.search import Noise, search, starting_noise, surround, warn_if_nothing_to_follow
-from smartreg.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings
-from smartreg.smart import SmartOutput
+from smartreg.results import SmartOutput
 
 # What each function has been looked at for; see `_precision_of`.
 _precision: weakref.WeakKeyDictionary[object, PrecisionCheck] = weakref.WeakKeyDictionary()
@@ -45,6 +47,7 @@ def smoothness_penalty(
     detach_reference: bool = False,
     output_to_logits: OutputToLogits | None = None,
     generator: torch.Generator | None = None,
+    ascent_autocast: bool = True,
 ) -> SmartOutput:
     r"""R_s of a function of embeddings, for those who hold the embeddings (or pixels, or audio) in their hands.
 
@@ -54,9 +57,9 @@ def smoothness_penalty(
     the code that `fn` comes from, device, dtype and autocast dtype (not where a `reference` is given).
 
     Args:
-        fn: f, run several times; its only randomness is torch's on the CPU and the device of `embeds`. Buffers that it
+        fn: F, run several times; its only randomness is torch's on the CPU and the device of `embeds`. Buffers that it
             writes are not restored (`SmartLoss` restores those of its model).
-        embeds: x, (batch, ..., feature), the first dimension being the example; may carry a graph.
+        embeds: X, (batch, ..., feature), the first dimension being the example; may carry a graph.
         reference: What `fn(embeds)` returned, if the caller has run it; made under other dropout masks than the
             perturbed passes can have, so that it needs `dropout="independent"`. None: the clean pass runs here.
         mask: (batch, ...), 1 or True where `embeds` may be perturbed.
@@ -66,7 +69,7 @@ def smoothness_penalty(
         step_size: η.
         noise_std: σ.
         steps: Ascent steps.
-        norm: p.
+        norm: P.
         norm_over: What one norm is taken over.
         epsilon_scale: The unit of ε, η and σ.
         ascent: The update.
@@ -74,6 +77,7 @@ def smoothness_penalty(
         detach_reference: No gradient through the clean output.
         output_to_logits: From what `fn` returned to the tensors to compare.
         generator: Draws the noise.
+        ascent_autocast: False runs the ascent with autocast off.
 
     Returns:
         `outputs`, the clean output, and `penalty`, a scalar.
@@ -119,7 +123,7 @@ def smoothness_penalty(
         ascent=ascent,
         dropout=dropout,
         detach_reference=detach_reference,
-        ascent_autocast=True,
+        ascent_autocast=ascent_autocast,
     )
     if torch.is_inference_mode_enabled() and steps:
         raise RuntimeError(
@@ -127,48 +131,77 @@ def smoothness_penalty(
         )
     resolved = resolve_divergence(divergence)
     if noise is None:
-        warn_if_nothing_to_follow(settings, resolved, stacklevel=3)
-    random = RandomState([embeds.device], remember_draws=dropout == "shared" and worth_remembering([embeds]))
-
-    @contextlib.contextmanager
-    def run(
-        perturbations: Sequence[Tensor], *, attached: bool = False, shared: bool = dropout == "shared"
-    ) -> Iterator[tuple[Tensor, ...]]:
-        base = embeds if attached else embeds.detach()
-        with random.replayed() if shared else contextlib.nullcontext():
-            perturbed = (base + perturbations[0]).to(base.dtype)
-            with random.draws:
-                outputs = fn(perturbed)
-            yield compared_tensors(outputs, output_to_logits)
-
-    outputs = reference
-    if reference is None:
-        with random.draws:
-            outputs = fn(embeds)
+        warn_if_nothing_to_follow(settings, resolved)
+    passes = _FunctionPasses(fn, embeds, output_to_logits, shared_dropout=dropout == "shared")
+    outputs = passes.clean() if reference is None else reference
     clean = compared_tensors(outputs, output_to_logits)
     fixed = tuple(tensor.detach() for tensor in clean)
-    neighbourhoods = surround([embeds.detach()], mask, settings)
-    start = starting_noise(neighbourhoods, noise, generator)
-    autocast_dtype = (
-        torch.get_autocast_dtype(embeds.device.type) if torch.is_autocast_enabled(embeds.device.type) else None
-    )
-    dtypes = [autocast_dtype, embeds.dtype, *(tensor.dtype for tensor in clean)]
-    loss_scale = LossScale()
+    balls = balls_around([embeds.detach()], mask, settings)
+    start = starting_noise(balls, noise, generator)
+    dtypes = (passes.autocast_dtype, embeds.dtype, *(tensor.dtype for tensor in clean))
+    objective = Objective(passes.perturbed, fixed, resolved, LossScale(), dtypes)
     if reference is None:  # else rounding could not be told from the reference's own dropout masks
-        _precision_of(fn).look(
-            functools.partial(run, shared=True),
-            neighbourhoods,
-            start,
-            clean,
-            resolved,
-            loss_scale,
-            autocast_dtype,
-            stacklevel=2,
-        )
-    found = search(neighbourhoods, start, run, fixed, resolved, loss_scale, dtypes)
-    with run(found.perturbations, attached=True) as perturbed:
+        look = replace(objective, run=functools.partial(passes.perturbed, shared=True))
+        _precision_of(fn).look(look, balls, start, passes.autocast_dtype)
+    if passes.autocast_dtype is not None and not ascent_autocast:
+        exact = passes.perturbed_without_autocast
+        objective = replace(objective, run=exact, reference=passes.clean_without_autocast())
+    found = search(objective, balls, start)
+    with passes.perturbed(found.perturbations, attached=True) as perturbed:
         penalty = divergence_of(resolved, perturbed, fixed if detach_reference else clean)
     return SmartOutput(outputs, penalty)
+
+
+class _FunctionPasses:
+    """The passes of one call through `fn`: the clean one, and those with a perturbation."""
+
+    def __init__(
+        self,
+        fn: Callable[[Tensor], Any],
+        embeds: Tensor,
+        output_to_logits: OutputToLogits | None,
+        *,
+        shared_dropout: bool,
+    ) -> None:
+        self._fn, self._embeds, self._output_to_logits, self._shared = fn, embeds, output_to_logits, shared_dropout
+        self._random = RandomState([embeds.device], remember_draws=shared_dropout and worth_remembering([embeds]))
+        device = embeds.device.type
+        self.autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    def clean(self) -> Any:
+        """What `fn` returns for the embeddings as they are."""
+        with self._random.draws:
+            return self._fn(self._embeds)
+
+    @contextlib.contextmanager
+    def perturbed(
+        self, perturbations: Sequence[Tensor], *, attached: bool = False, shared: bool | None = None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """A pass with perturbed embeddings; inside the block its graph may be differentiated.
+
+        Args:
+            perturbations: δ, in a sequence of one.
+            attached: The graph goes on behind the embeddings.
+            shared: Under the dropout masks of the clean pass; None for what the call asks for.
+        """
+        base = self._embeds if attached else self._embeds.detach()
+        with self._random.replayed() if (self._shared if shared is None else shared) else contextlib.nullcontext():
+            perturbed = (base + perturbations[0]).to(base.dtype)
+            with self._random.draws:
+                outputs = self._fn(perturbed)
+            yield compared_tensors(outputs, self._output_to_logits)
+
+    @contextlib.contextmanager
+    def perturbed_without_autocast(self, perturbations: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """The same with autocast off."""
+        with torch.autocast(self._embeds.device.type, enabled=False), self.perturbed(perturbations) as compared:
+            yield compared
+
+    def clean_without_autocast(self) -> tuple[Tensor, ...]:
+        """The tensors to compare of a clean pass with autocast off, under the dropout masks that the ascent sees."""
+        nothing = torch.zeros((), dtype=self._embeds.dtype, device=self._embeds.device)
+        with self.perturbed_without_autocast([nothing]) as compared:
+            return tuple(tensor.detach() for tensor in compared)
 
 
 def _precision_of(fn: Callable[[Tensor], Any]) -> PrecisionCheck:

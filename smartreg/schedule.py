@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from smartreg.errors import SmartWarning
+from smartreg._warnings import warn
 
 
 @dataclass
@@ -73,10 +72,10 @@ class SlantedTriangularLR(LambdaLR):
 
     At step t each parameter group has its own base rate times
 
-    $$\text{factor}(t) = \text{peak} \cdot \frac{1 + p \, (\text{ratio} - 1)}{\text{ratio}}, \qquad
+    \[ \text{factor}(t) = \text{peak} \cdot \frac{1 + p \, (\text{ratio} - 1)}{\text{ratio}}, \qquad
     p = \begin{cases} t / \text{cut} & t < \text{cut} \\
     1 - (t - \text{cut}) / (T - \text{cut}) & \text{cut} \le t \le T \end{cases}, \qquad
-    \text{cut} = \lfloor T \cdot \text{cut\_frac} \rfloor$$
+    \text{cut} = \lfloor T \cdot \text{cut\_frac} \rfloor \]
 
     and 0 past the end T. Call `scheduler.step()` after every `optimizer.step()`. With cut = 0 there is no rise, with
     cut = T no fall (p = 1 at T). Wherever T · cut_frac is an integer this is Howard and Ruder's equation 3; elsewhere
@@ -95,16 +94,16 @@ class SlantedTriangularLR(LambdaLR):
     Load the optimizer's state as well; the order is free.
 
     Args:
-        optimizer: the optimizer, with one or more parameter groups.
+        optimizer: The optimizer, with one or more parameter groups.
         total_steps: T, the number of optimizer steps (not epochs) of the whole run.
-        cut_frac: the share of the steps that rise, in [0, 1].
-        ratio: the largest rate over the smallest, 1 or more.
-        peak_factor: the largest factor; 1 makes the base rate the peak.
-        last_epoch: the last step taken, for a resumed run without saved state; -1 starts afresh.
+        cut_frac: The share of the steps that rise, in [0, 1].
+        ratio: The largest rate over the smallest, 1 or more.
+        peak_factor: The largest factor; 1 makes the base rate the peak.
+        last_epoch: The last step taken, for a resumed run without saved state; -1 starts afresh.
 
     Raises:
-        TypeError: an argument is not a number, or `optimizer` is none.
-        ValueError: an argument is out of range.
+        TypeError: An argument is not a number, or `optimizer` is none.
+        ValueError: An argument is out of range.
 
     Example:
         >>> import torch
@@ -139,10 +138,10 @@ class SlantedTriangularLR(LambdaLR):
         """Continue where the saved schedule stopped; see the class for what wins.
 
         Args:
-            state_dict: what `state_dict()` returned. It is not changed.
+            state_dict: What `state_dict()` returned. It is not changed.
 
         Raises:
-            ValueError: the state is not one of this class, or of another number of parameter groups. Nothing is loaded.
+            ValueError: The state is not one of this class, or of another number of parameter groups. Nothing is loaded.
         """
         _check_state(state_dict, groups=len(self.optimizer.param_groups))
         differing = _differences(self.state_dict(), state_dict)
@@ -157,11 +156,9 @@ class SlantedTriangularLR(LambdaLR):
             elif as_set:
                 group["lr"] = float(rate)
         if differing:
-            warnings.warn(
+            warn(
                 f"SlantedTriangularLR: the loaded state wins over the constructor where they differ: "
                 f"{'; '.join(differing)}. To run with the new values, make a scheduler and do not load the state",
-                SmartWarning,
-                stacklevel=2,
             )
 
 

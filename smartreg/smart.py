@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,30 +10,20 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from smartreg.divergences import Divergence, resolve_divergence
-from smartreg.draws import worth_remembering
-from smartreg.embedding import EmbeddingTap
-from smartreg.locate import input_embeddings, unwrapped
-from smartreg.loss_scale import LossScale
-from smartreg.output import OutputToLogits, check_output_to_logits, divergence_of
-from smartreg.passes import Forward, ModelPasses
-from smartreg.precision import PrecisionCheck
-from smartreg.search import Found, Masks, Noise, search, starting_noise, surround, warn_if_nothing_to_follow
-from smartreg.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings
-from smartreg.stats import SmartStats
-from smartreg.stored_gradients import StoredGradients, graph_mark
-
-
-class SmartOutput(NamedTuple):
-    """What a regularized forward pass returns.
-
-    Attributes:
-        outputs: what `forward` returned in the clean pass, unchanged.
-        penalty: R_s(θ), a scalar in float32 at least, to be multiplied by λ_s and added to the task loss.
-    """
-
-    outputs: Any
-    penalty: Tensor
+from smartreg._ascent.objective import Objective
+from smartreg._ascent.precision import PrecisionCheck
+from smartreg._ascent.search import Found, search
+from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings
+from smartreg._ascent.start import Masks, Noise, balls_around, starting_noise, warn_if_nothing_to_follow
+from smartreg._loss_scale import LossScale
+from smartreg._model.embedding import EmbeddingTap, input_embeddings
+from smartreg._model.passes import CleanPass, Forward, ModelPasses
+from smartreg._model.replay import worth_remembering
+from smartreg._model.stored_gradients import StoredGradients, graph_mark
+from smartreg._outputs import OutputToLogits, check_output_to_logits, divergence_of
+from smartreg._wrappers import unwrapped
+from smartreg.divergences import Divergence, name_of, resolve_divergence
+from smartreg.results import SmartOutput, SmartStats
 
 
 class SmartLoss(nn.Module):
@@ -63,7 +54,7 @@ class SmartLoss(nn.Module):
         step_size: η ≥ 0.
         noise_std: σ ≥ 0.
         steps: Ascent steps; 0 is random smoothing, with the projected noise as perturbation.
-        norm: p, `"inf"` or `"2"`, for normalisation and projection.
+        norm: P, `"inf"` or `"2"`, for normalisation and projection.
         norm_over: `"example"`, one norm for a whole sentence, or `"token"`.
         epsilon_scale: `"rms"`: `epsilon`, `step_size` and `noise_std` are multiples of the root mean square of that
             example's unmasked embedding entries (for ε and η with norm 2, times the square root of the number of
@@ -154,10 +145,9 @@ class SmartLoss(nn.Module):
         self._embedding = embedding
         self._loss_scale = LossScale()
         self._precision = PrecisionCheck()
-        self._warned_no_gradient = False
         self._remember_draws = True  # as the size of the last batch has it
         self._tap: EmbeddingTap | None = EmbeddingTap(input_embeddings(unwrapped(model), embedding))
-        self._warn_if_nothing_to_follow(self.divergence)
+        self._warned_no_gradient = warn_if_nothing_to_follow(self.settings, self.divergence)
 
     @classmethod
     def paper(cls, model: nn.Module, **options: Any) -> Self:
@@ -219,8 +209,8 @@ class SmartLoss(nn.Module):
                 "the ascent needs gradients, which torch.inference_mode forbids: use torch.no_grad, or steps=0"
             )
         resolved = self.divergence if divergence is None else resolve_divergence(divergence)
-        if noise is None:
-            self._warn_if_nothing_to_follow(resolved)
+        if noise is None and not self._warned_no_gradient:
+            self._warned_no_gradient = warn_if_nothing_to_follow(self.settings, resolved)
         passes = ModelPasses(
             self.model,
             tap,
@@ -229,74 +219,69 @@ class SmartLoss(nn.Module):
             shared_dropout=self.settings.dropout == "shared",
             remember_draws=self._remember_draws,
         )
-        run = self._efficient if self.memory_efficient and torch.is_grad_enabled() else self._standard
-        result = run(passes, mask, resolved, noise)
-        self._remember_draws = worth_remembering(passes.record.embeddings)
-        return result
+        call = _Call(passes, resolved, mask, noise)
+        return self._efficient(call) if self.memory_efficient and torch.is_grad_enabled() else self._standard(call)
 
-    def _standard(self, passes: ModelPasses, mask: Masks, divergence: Divergence, noise: Noise) -> SmartOutput:
+    def extra_repr(self) -> str:
+        """What printing shows."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self.settings).items())
+        return (
+            f"{type(unwrapped(self.model)).__name__}, divergence={name_of(self.divergence)}, {settings}, "
+            f"memory_efficient={self.memory_efficient}"
+        )
+
+    def _standard(self, call: _Call) -> SmartOutput:
         """Clean graph and perturbed graph live side by side until the user's backward."""
         detached = self.settings.detach_reference
         # The table's dense gradient is made once where both graphs start from one look-up. With a detached reference
         # the graphs have nothing in common, and each may have a backward of its own.
-        outputs, clean, embeddings = passes.clean(attached=not detached)
-        found = self._search(passes, clean, mask, divergence, noise)
-        reference = tuple(c.detach() for c in clean) if detached else clean
-        with passes.perturbed(found.perturbations, bases=embeddings) as perturbed:
-            penalty = divergence_of(divergence, perturbed, reference)
+        clean = call.passes.clean(attached=not detached)
+        found = self._search(call, clean)
+        reference = tuple(tensor.detach() for tensor in clean.compared) if detached else clean.compared
+        with call.passes.perturbed(found.perturbations, bases=clean.embeddings_with_graph) as perturbed:
+            penalty = divergence_of(call.divergence, perturbed, reference)
         self._record(found, penalty)
-        return SmartOutput(outputs, penalty)
+        return SmartOutput(clean.outputs, penalty)
 
-    def _efficient(self, passes: ModelPasses, mask: Masks, divergence: Divergence, noise: Noise) -> SmartOutput:
+    def _efficient(self, call: _Call) -> SmartOutput:
         """One graph at a time: the perturbed pass is differentiated before the clean graph is built."""
-        reference = passes.reference()
-        if self.settings.detach_reference:
-            reference = tuple(r.detach() for r in reference)
-        found = self._search(passes, reference, mask, divergence, noise)
+        detached = self.settings.detach_reference
+        first = call.passes.reference()
+        found = self._search(call, first)
+        reference = tuple(tensor.detach() for tensor in first.compared) if detached else first.compared
         mark = graph_mark()
         # With a detached reference the penalty stays apart from the clean graph, as in the standard mode.
-        leaves = None if self.settings.detach_reference else passes.embeddings_as_leaves()
-        with passes.perturbed(found.perturbations, bases=leaves) as perturbed:
-            value = divergence_of(divergence, perturbed, reference)
-            scale = self._loss_scale.get(value.device, *_dtypes(passes, perturbed))
+        leaves = None if detached else call.passes.embeddings_as_leaves()
+        with call.passes.perturbed(found.perturbations, bases=leaves) as perturbed:
+            value = divergence_of(call.divergence, perturbed, reference)
+            scale = self._loss_scale.get(value.device, *first.dtypes, *(tensor.dtype for tensor in perturbed))
             stored = StoredGradients.of(value, (*reference, *(leaves or ())), mark, scale)
         self._loss_scale.lower_on_overflow(scale, stored.all())
         self._record(found, stored.value)
         attached = leaves is not None
-        del perturbed, value, found, leaves, reference  # the graph is freed, nothing of it need outlive it
-        outputs, clean, embeddings = passes.clean_again(attached=attached)
-        return SmartOutput(outputs, stored.attach((*clean, *embeddings)))
+        del perturbed, value, found, leaves, reference, first  # the graph is freed, nothing of it need outlive it
+        clean = call.passes.clean_again(attached=attached)
+        return SmartOutput(clean.outputs, stored.attach((*clean.compared, *clean.record.graphs)))
 
-    def _search(
-        self, passes: ModelPasses, clean: tuple[Tensor, ...], mask: Masks, divergence: Divergence, noise: Noise
-    ) -> Found:
-        neighbourhoods = surround(passes.record.embeddings, mask, self.settings)
-        start = starting_noise(neighbourhoods, noise, self.generator)
-        autocast_dtype, run = passes.record.autocast_dtype, partial(passes.perturbed, freeze=True)
-        with passes.same_dropout():
-            self._precision.look(
-                run, neighbourhoods, start, clean, divergence, self._loss_scale, autocast_dtype, stacklevel=6
-            )
-        autocast = self.settings.ascent_autocast or autocast_dtype is None
-        reference = clean if autocast else passes.reference(autocast=False)
-        return search(
-            neighbourhoods,
-            start,
-            partial(run, autocast=autocast),
-            tuple(tensor.detach() for tensor in reference),
-            divergence,
-            self._loss_scale,
-            _dtypes(passes, reference),
-        )
+    def _search(self, call: _Call, clean: CleanPass) -> Found:
+        """The perturbation of each look-up: Algorithm 1 on the objective of this batch."""
+        self._remember_draws = worth_remembering(clean.embeddings)
+        balls = balls_around(clean.embeddings, call.mask, self.settings)
+        start = starting_noise(balls, call.noise, self.generator)
+        autocast_dtype, run = clean.record.autocast_dtype, partial(call.passes.perturbed, freeze=True)
+        fixed = tuple(tensor.detach() for tensor in clean.compared)
+        objective = Objective(run, fixed, call.divergence, self._loss_scale, clean.dtypes)
+        with call.passes.same_dropout():
+            self._precision.look(objective, balls, start, autocast_dtype)
+        if autocast_dtype is not None and not self.settings.ascent_autocast:
+            exact = call.passes.reference_without_autocast()
+            objective = replace(objective, run=partial(run, autocast=False), reference=exact)
+        return search(objective, balls, start)
 
     def _record(self, found: Found, penalty: Tensor) -> None:
         penalty = penalty.detach()
         start = penalty if found.start_divergence is None else found.start_divergence
         self.stats = SmartStats(penalty, start, found.largest(), found.bad_examples)
-
-    def _warn_if_nothing_to_follow(self, divergence: Divergence) -> None:
-        if not self._warned_no_gradient:
-            self._warned_no_gradient = warn_if_nothing_to_follow(self.settings, divergence, stacklevel=4)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -316,7 +301,10 @@ class SmartLoss(nn.Module):
         return self._tap
 
 
-def _dtypes(passes: ModelPasses, outputs: tuple[Tensor, ...]) -> list[torch.dtype | None]:
-    """The dtypes that the model works in, as far as they show."""
-    embeddings = passes.record.embeddings
-    return [passes.record.autocast_dtype, *(t.dtype for t in embeddings), *(t.dtype for t in outputs)]
+class _Call(NamedTuple):
+    """What one call was given."""
+
+    passes: ModelPasses
+    divergence: Divergence
+    mask: Masks
+    noise: Noise

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from smartreg.beta import paper_beta
-from smartreg.bregman import MomentumBregman
+from smartreg.bregman import MomentumBregman, paper_beta
 
 
 class Net(nn.Module):

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smartreg import _blockwise_symmetric_kl as blockwise
-from smartreg import _divergence_formulas as formulas
 from smartreg import divergences
+from smartreg._divergences import blockwise, formulas
 from smartreg.divergences import symmetric_kl
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smartreg.calls import noting_calls
+from smartreg._wrappers import noting_calls
 
 X = torch.ones(1, 3)
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from smartreg import _blockwise_symmetric_kl as blockwise
 from smartreg import divergences
+from smartreg._divergences import blockwise
 from smartreg.divergences import BUILTIN, binary_symmetric_kl, hellinger, jensen_shannon, kl, mse, symmetric_kl
 
 BLOCKS = "symmetric_kl in blocks"

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smartreg import _blockwise_symmetric_kl as blockwise
 from smartreg import divergences
+from smartreg._divergences import blockwise
 from smartreg.divergences import (
     BUILTIN,
     binary_symmetric_kl,

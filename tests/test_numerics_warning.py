@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from smartreg import SmartLoss, SmartWarning, smoothness_penalty
-from smartreg.precision import cosine_from, resolution
+from smartreg._ascent.precision import cosine_from, resolution
 
 SETTINGS = {
     "bf16 autocast": (torch.float32, torch.bfloat16),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from smartreg.output import check_output_to_logits, compared_tensors, divergence_of
+from smartreg._outputs import check_output_to_logits, compared_tensors, divergence_of
 
 LOGITS = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
 

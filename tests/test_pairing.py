@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from smartreg.pairing import Layout, differences, pair
+from smartreg._teacher.parameters import Layout, differences, pair
 
 
 def model() -> nn.Sequential:

@@ -13,7 +13,7 @@ import torch
 
 import smartreg
 from smartreg import SmartLoss, SmartOutput, SmartWarning, smoothness_penalty
-from smartreg.settings import SmartSettings
+from smartreg._ascent.settings import SmartSettings
 
 NAMES = {
     "MomentumBregman",
@@ -31,7 +31,7 @@ NAMES = {
     "smoothness_penalty",
     "symmetric_kl",
 }
-SHARED = [field.name for field in dataclasses.fields(SmartSettings) if field.name != "ascent_autocast"]
+SHARED = [field.name for field in dataclasses.fields(SmartSettings)]
 SHARED += ["divergence", "output_to_logits", "generator"]
 
 
@@ -68,7 +68,7 @@ def test_class_and_function_have_the_same_defaults_and_types(name: str) -> None:
 
 def test_signatures() -> None:
     assert next(iter(parameters(SmartLoss))) == "model"
-    assert parameters(SmartLoss).keys() - set(SHARED) == {"model", "embedding", "memory_efficient", "ascent_autocast"}
+    assert parameters(SmartLoss).keys() - set(SHARED) == {"model", "embedding", "memory_efficient"}
     function = parameters(smoothness_penalty)
     assert list(function)[:2] == ["fn", "embeds"]
     assert function.keys() - set(SHARED) == {"fn", "embeds", "reference", "mask", "noise"}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, SequentialLR
 
-from smartreg.errors import SmartWarning
+from smartreg._warnings import SmartWarning
 from smartreg.schedule import SlantedTriangle, SlantedTriangularLR
 
 

@@ -14,8 +14,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from smartreg import SmartLoss, replay, smoothness_penalty
-from smartreg.draws import WORTHWHILE_ENTRIES, RememberedDraws
+from smartreg import SmartLoss, smoothness_penalty
+from smartreg._model import replay
+from smartreg._model.replay import WORTHWHILE_ENTRIES, RememberedDraws
 
 # Dynamo looks at `.grad` of what enters a graph, and hides this warning in a way that does not reach pytest's filter.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smartreg import SmartLoss, stored_gradients
+from smartreg import SmartLoss
+from smartreg._model import stored_gradients
 
 
 class ChangesEmbeddings(nn.Module):

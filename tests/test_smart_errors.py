@@ -10,7 +10,7 @@ from smart_models import FEATURES, VOCABULARY, Sentence, batch, build
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, SmartWarning, mse, smoothness_penalty, symmetric_kl
-from smartreg.settings import SmartSettings
+from smartreg._ascent.settings import SmartSettings
 
 IDS, MASK = batch()
 

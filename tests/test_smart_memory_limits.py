@@ -8,7 +8,7 @@ from smart_models import CLASSES, Sentence, batch, build, gradients
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, mse
-from smartreg.loss_scale import LossScale
+from smartreg._loss_scale import LossScale
 
 IDS, MASK = batch(examples=4, tokens=5)
 SOURCE = torch.Generator()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from smartreg._teacher.sharing import frozen_copy, own_copy
 from smartreg.bregman import MomentumBregman
-from smartreg.sharing import frozen_copy, own_copy
 
 
 class Tied(nn.Module):

@@ -13,8 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from smartreg.beta import paper_beta
-from smartreg.bregman import MomentumBregman
+from smartreg.bregman import MomentumBregman, paper_beta
 
 X = torch.tensor([[1.0, -2.0, 0.5], [0.0, 1.0, 3.0]])
 TARGET = torch.tensor([0, 1])

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from smartreg._teacher.parameters import Layout
+from smartreg._wrappers import innermost
 from smartreg.bregman import MomentumBregman
-from smartreg.pairing import Layout, innermost
 
 X = torch.ones(2, 3)
 

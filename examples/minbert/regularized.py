@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from smartreg import MomentumBregman, SmartLoss, paper_beta
-from smartreg.stats import SmartStats
+from smartreg.results import SmartStats
 
 from .batching import Batch
 from .noise import SeededNoise

@@ -31,8 +31,8 @@ def move_averages(averages: list[Tensor], values: list[Tensor], beta: float) -> 
     Fused over the tensors; β = 0 copies the values exactly.
 
     Args:
-        averages: tensors a of one dtype on one device.
-        values: tensors v of the same shapes, on that device, of one dtype, which may be narrower.
+        averages: Tensors a of one dtype on one device.
+        values: Tensors v of the same shapes, on that device, of one dtype, which may be narrower.
         beta: β in [0, 1).
 
     Example:

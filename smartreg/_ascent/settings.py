@@ -46,8 +46,8 @@ class SmartSettings:
         """Validate the options as a user wrote them.
 
         Raises:
-            TypeError: a number is not a number, a flag is not a bool.
-            ValueError: a number is out of range or an option is misspelt.
+            TypeError: A number is not a number, a flag is not a bool.
+            ValueError: A number is out of range or an option is misspelt.
         """
         for name in ("epsilon", "step_size", "noise_std"):
             _require_non_negative(name, options[name])

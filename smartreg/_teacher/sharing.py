@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smartreg.pairing import Layout, differences, innermost, listed, pair
+from smartreg._teacher.parameters import Layout, differences, listed, pair
+from smartreg._wrappers import innermost
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -32,8 +33,8 @@ def checked_teacher(model: nn.Module, module: nn.Module) -> nn.Module:
     """A teacher that the user made, if it fits the model.
 
     Raises:
-        TypeError: it is no module.
-        ValueError: its parameters are not those of the model, or it would be the model in part.
+        TypeError: It is no module.
+        ValueError: Its parameters are not those of the model, or it would be the model in part.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"teacher must be a module or None, got {type(module).__name__}")

@@ -1,4 +1,4 @@
-"""The recorder and perturber: one hook on the embedding that is inert unless a pass is under way."""
+"""The recorder and perturber: one hook on the input embedding that is inert unless a pass is under way."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class EmbeddingPass:
     """What one pass through the model does at each embedding look-up: record it, or add a perturbation to it.
 
     Args:
-        perturbations: one for each look-up, in order, or None to record the embeddings by value.
-        bases: what to perturb in place of the output of each look-up, which is then looked up for nothing.
-        attached: record the embeddings with their graph too, where they are not compiled; the model gets a copy.
+        perturbations: One for each look-up, in order, or None to record the embeddings by value.
+        bases: What to perturb in place of the output of each look-up, which is then looked up for nothing.
+        attached: Record the embeddings with their graph too, where they are not compiled; the model gets a copy.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class EmbeddingTap:
     """The hooks on the embedding modules of one model, held by one owner and shared with every other owner.
 
     Args:
-        modules: the modules whose outputs are perturbed.
+        modules: The modules whose outputs are perturbed.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -169,3 +169,69 @@ def _require_embeddings(module: nn.Module, output: object) -> None:
         raise ValueError(
             f"embedding must return (batch, ..., feature), got shape {tuple(output.shape)} from {type(module).__name__}"
         )
+
+
+def input_embeddings(model: nn.Module, embedding: nn.Module | str | None) -> tuple[nn.Module, ...]:
+    """The modules whose outputs are perturbed.
+
+    Args:
+        model: The unwrapped model.
+        embedding: A submodule, its dotted name, or None for `model.get_input_embeddings()` and every embedding module
+            that holds the same weight: T5 and BART return one that is never called.
+
+    Raises:
+        TypeError: `embedding` is none of these.
+        ValueError: There is no such submodule, or the model does not tell its input embedding.
+    """
+    if isinstance(embedding, str):
+        try:
+            return (model.get_submodule(embedding),)
+        except AttributeError:
+            raise ValueError(
+                f"embedding must name a submodule of {type(model).__name__}, got {embedding!r}; {_candidates(model)}"
+            ) from None
+    if isinstance(embedding, nn.Module):
+        if not any(module is embedding for module in model.modules()):
+            raise ValueError(
+                f"embedding must be a submodule of {type(model).__name__}, got a {type(embedding).__name__} that is "
+                f"not in it; {_candidates(model)}"
+            )
+        return (embedding,)
+    if embedding is not None:
+        raise TypeError(f"embedding must be a module, a dotted name or None, got {type(embedding).__name__}")
+    told = _told(model)
+    if told is None:
+        raise ValueError(
+            f"{type(model).__name__} does not tell its input embedding: pass embedding=, the module (or its dotted "
+            f"name) whose output is perturbed; {_candidates(model)}"
+        )
+    return _sharing_weight(model, told)
+
+
+def _told(model: nn.Module) -> nn.Module | None:
+    try:
+        told = model.get_input_embeddings()  # type: ignore[operator]  # a method of the user's class, looked up by name
+    except (AttributeError, NotImplementedError):
+        return None
+    return told if isinstance(told, nn.Module) else None
+
+
+def _sharing_weight(model: nn.Module, told: nn.Module) -> tuple[nn.Module, ...]:
+    """The embedding modules with the weight of `told`; a tied output projection is none."""
+    weight = getattr(told, "weight", None)
+    sharing = [
+        module
+        for module in model.modules()
+        if module is told
+        or (isinstance(weight, Tensor) and isinstance(module, nn.Embedding) and module.weight is weight)
+    ]
+    if all(module is not told for module in sharing):
+        sharing.append(told)
+    # A LoRA embedding holds the original one: perturb the outer look-up, not both.
+    inner = {id(child) for module in sharing for child in module.modules() if child is not module}
+    return tuple(module for module in sharing if id(module) not in inner)
+
+
+def _candidates(model: nn.Module) -> str:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    return f"its nn.Embedding modules are: {', '.join(names)}" if names else "it has no nn.Embedding module"

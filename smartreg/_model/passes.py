@@ -4,30 +4,68 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smartreg.embedding import EmbeddingPass, EmbeddingTap
-from smartreg.locate import is_compiled, unwrapped, without_ddp
-from smartreg.output import OutputToLogits, compared_tensors
-from smartreg.replay import ModuleState, RandomState, devices_of, frozen
+from smartreg._model.embedding import EmbeddingPass, EmbeddingTap
+from smartreg._model.replay import ModuleState, RandomState, devices_of, frozen
+from smartreg._outputs import OutputToLogits, compared_tensors
+from smartreg._wrappers import is_compiled, unwrapped, without_ddp
 
 Forward = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class CleanPass:
+    """What a pass without perturbation gave.
+
+    Attributes:
+        outputs: What `forward` returned.
+        compared: The tensors to compare in it.
+        record: What was seen at the embedding.
+    """
+
+    outputs: Any
+    compared: tuple[Tensor, ...]
+    record: EmbeddingPass
+
+    @property
+    def embeddings(self) -> list[Tensor]:
+        """x of each look-up, by value."""
+        return self.record.embeddings
+
+    @property
+    def embeddings_with_graph(self) -> tuple[Tensor, ...] | None:
+        """The same as part of this pass's graph; None where they cannot be had."""
+        complete = len(self.record.graphs) == self.record.lookups
+        return tuple(self.record.graphs) if complete else None
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype | None, ...]:
+        """The dtypes that the model works in, as far as they show; None where autocast is off."""
+        return (
+            self.record.autocast_dtype,
+            *(embedded.dtype for embedded in self.embeddings),
+            *(tensor.dtype for tensor in self.compared),
+        )
 
 
 class ModelPasses:
     """Runs `forward` as often as it takes, and leaves behind what one clean pass would have left.
 
+    The first pass is `clean` or `reference`, whatever follows is a replay of it.
+
     Args:
-        model: the model as the user gave it, wrappers and all.
-        tap: the hooks on its embedding.
-        forward: the user's function.
-        output_to_logits: see `SmartLoss`.
-        shared_dropout: every pass starts from the random state of the clean one.
-        remember_draws: on the CPU such passes copy the dropout masks of the clean one, rather than draw them again.
+        model: The model as the user gave it, wrappers and all.
+        tap: The hooks on its embedding.
+        forward: The user's function.
+        output_to_logits: See `SmartLoss`.
+        shared_dropout: Every pass starts from the random state of the clean one.
+        remember_draws: On the CPU such passes copy the dropout masks of the clean one, rather than draw them again.
     """
 
     def __init__(
@@ -47,43 +85,35 @@ class ModelPasses:
         self._module = unwrapped(model)
         self._random = RandomState(devices_of(self._module), remember_draws=remember_draws and shared_dropout)
         self._state = ModuleState(self._module)
-        self.record = EmbeddingPass()
+        self._first = EmbeddingPass()
 
-    def clean(self, *, attached: bool) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-        """The clean pass, through the wrappers.
+    def clean(self, *, attached: bool) -> CleanPass:
+        """The first pass with its graph, through the wrappers.
 
         Args:
-            attached: return the embeddings with their graph as well, where a perturbed pass may use them.
-
-        Returns:
-            Its output, the tensors to compare, and the embeddings or None.
+            attached: Record the embeddings with their graph as well, where a perturbed pass may use them.
         """
-        self.record = EmbeddingPass(attached=attached and self._shared_dropout)
-        with self._tap.open(self.record), self._through_wrapper(self.record), self._random.draws:
+        self._first = EmbeddingPass(attached=attached and self._shared_dropout)
+        with self._tap.open(self._first), self._through_wrapper(self._first), self._random.draws:
             outputs = self._forward(self._model)
-        logits = self._settle(outputs)
-        complete = len(self.record.graphs) == self.record.lookups
-        return outputs, logits, tuple(self.record.graphs) if complete else None
+        return self._kept(outputs)
 
-    def reference(self, *, autocast: bool = True) -> tuple[Tensor, ...]:
-        """The clean output alone, detached: the first pass of a call or a replay of it, its saved tensors dropped.
+    def reference(self) -> CleanPass:
+        """The first pass without its graph: the tensors to compare are leaves, its saved tensors dropped.
 
         In the user's grad mode all the same: some layers take another path, with other rounding, under `no_grad`.
         """
-        first = self.record.lookups == 0
-        record = self.record if first else EmbeddingPass()
-        with contextlib.ExitStack() as stack:
-            if not first:
-                stack.enter_context(self._replayed())
-            stack.enter_context(self._tap.open(record))
-            stack.enter_context(self._around_wrapper())
-            stack.enter_context(self._autocast(autocast))
-            stack.enter_context(self._random.draws)
-            if not is_compiled(self._inner):  # compiled graphs free what they save with their output anyway
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_drop, _missing))
-            outputs = self._forward(self._inner)
-            logits = self._settle(outputs) if first else compared_tensors(outputs, self._output_to_logits)
-        return tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in logits)
+        self._first = EmbeddingPass()
+        with self._without_saving(self._first):
+            found = self._kept(self._forward(self._inner))
+            leaves = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in found.compared)
+        return CleanPass(None, leaves, self._first)
+
+    def reference_without_autocast(self) -> tuple[Tensor, ...]:
+        """The tensors to compare from a replay of the first pass with the user's autocast off, detached."""
+        with self._replayed(), self._autocast(False), self._without_saving(EmbeddingPass()):
+            compared = compared_tensors(self._forward(self._inner), self._output_to_logits)
+            return tuple(tensor.detach() for tensor in compared)
 
     @contextlib.contextmanager
     def perturbed(
@@ -97,10 +127,10 @@ class ModelPasses:
         """A pass with perturbed embeddings; inside the block its graph may be differentiated.
 
         Args:
-            perturbations: one for each look-up.
-            freeze: no parameter requires a gradient in this block.
+            perturbations: One for each look-up.
+            freeze: No parameter requires a gradient in this block.
             autocast: False switches the user's autocast off.
-            bases: embeddings of the clean pass, perturbed in place of what this pass looks up.
+            bases: Embeddings of the clean pass, perturbed in place of what this pass looks up.
         """
         embedding_pass = EmbeddingPass(perturbations, bases=bases)
         with self._replayed(), frozen(self._module) if freeze else contextlib.nullcontext():
@@ -112,10 +142,10 @@ class ModelPasses:
                     f"expected {len(perturbations)} as in the clean pass: forward must be repeatable"
                     + self._compile_hint()
                 )
-            if embedding_pass.compiled_lookups != self.record.compiled_lookups:
+            if embedding_pass.compiled_lookups != self._first.compiled_lookups:
                 raise RuntimeError(
                     f"a perturbed pass ran {embedding_pass.compiled_lookups} of {embedding_pass.lookups} embedding "
-                    f"look-ups compiled, expected {self.record.compiled_lookups} as in the clean pass: eager and "
+                    f"look-ups compiled, expected {self._first.compiled_lookups} as in the clean pass: eager and "
                     f"compiled passes draw different dropout masks. torch.compile gives up after a number of graphs; "
                     f"raise torch._dynamo.config.recompile_limit before training, or compile with dynamic=True"
                 )
@@ -127,26 +157,22 @@ class ModelPasses:
         None where a look-up in that pass need not equal the recorded one (fresh dropout masks), or is compiled, so that
         its embeddings cannot be had with their graph.
         """
-        record = self.record
-        if not self._shared_dropout or record.compiled_lookups:
+        if not self._shared_dropout or self._first.compiled_lookups:
             return None
-        pairs = zip(record.embeddings, record.needs_gradient, strict=True)
+        pairs = zip(self._first.embeddings, self._first.needs_gradient, strict=True)
         return tuple(embedded.detach().requires_grad_(needed) for embedded, needed in pairs)
 
-    def clean_again(self, *, attached: bool) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def clean_again(self, *, attached: bool) -> CleanPass:
         """The clean pass once more, with its dropout masks, whose graph and attributes stay.
 
         Args:
-            attached: return the embeddings with their graph as well.
-
-        Returns:
-            Its output, the tensors to compare, and the embeddings or nothing.
+            attached: Record the embeddings with their graph as well.
         """
         record = EmbeddingPass(attached=attached)
         with self._random.replayed(), self._state.replayed(keep_attributes=True):
             with self._tap.open(record), self._through_wrapper(record), self._random.draws:
                 outputs = self._forward(self._model)
-            return outputs, compared_tensors(outputs, self._output_to_logits), tuple(record.graphs)
+            return CleanPass(outputs, compared_tensors(outputs, self._output_to_logits), record)
 
     @contextlib.contextmanager
     def same_dropout(self, same: bool = True) -> Iterator[None]:
@@ -157,17 +183,17 @@ class ModelPasses:
         finally:
             self._shared_dropout = before
 
-    def _settle(self, outputs: Any) -> tuple[Tensor, ...]:
-        """After the first clean pass: check that it was recorded, and keep what it made of the model."""
-        if not self.record.lookups:
+    def _kept(self, outputs: Any) -> CleanPass:
+        """After the first pass: check that it was recorded, and keep what it made of the model."""
+        if not self._first.lookups:
             raise RuntimeError(
                 "the perturbation cannot reach the model: forward never called the embedding that is perturbed. Check "
                 "that forward runs the module that it is given, and pass embedding= if that is not the layer"
                 + self._compile_hint()
             )
-        logits = compared_tensors(outputs, self._output_to_logits)
+        compared = compared_tensors(outputs, self._output_to_logits)
         self._state.keep_clean()
-        return logits
+        return CleanPass(outputs, compared, self._first)
 
     @contextlib.contextmanager
     def _replayed(self) -> Iterator[None]:
@@ -176,10 +202,21 @@ class ModelPasses:
             yield
 
     @contextlib.contextmanager
+    def _without_saving(self, record: EmbeddingPass) -> Iterator[None]:
+        """A pass around the wrapper, recorded, that keeps nothing for a backward."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._tap.open(record))
+            stack.enter_context(self._around_wrapper())
+            stack.enter_context(self._random.draws)
+            if not is_compiled(self._inner):  # compiled graphs free what they save with their output anyway
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_drop, _missing))
+            yield
+
+    @contextlib.contextmanager
     def _autocast(self, enabled: bool) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             if not enabled:
-                for device_type in {e.device.type for e in self.record.embeddings}:
+                for device_type in {e.device.type for e in self._first.embeddings}:
                     stack.enter_context(torch.autocast(device_type, enabled=False))
             yield
 

@@ -15,18 +15,14 @@ and since q grows like r², one radius where q is neither tiny nor huge tells th
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from smartreg.divergences import Divergence
-from smartreg.errors import SmartWarning
-from smartreg.loss_scale import LossScale, scaled
-from smartreg.output import divergence_of
-from smartreg.perturbation import Neighbourhood, entries_under_norm, root_mean_square
-from smartreg.search import RunPass
+from smartreg._ascent.ball import Ball, entries_under_norm, root_mean_square
+from smartreg._ascent.objective import Objective
+from smartreg._warnings import warn
 
 REQUIRED_COSINE = 0.9
 """What the ascent direction must keep with the exact one."""
@@ -48,50 +44,35 @@ class PrecisionCheck:
         self._looked: set[tuple[torch.device, torch.dtype, torch.dtype | None]] = set()
 
     def look(
-        self,
-        run: RunPass,
-        neighbourhoods: Sequence[Neighbourhood],
-        start: Sequence[Tensor],
-        clean: Sequence[Tensor],
-        divergence: Divergence,
-        loss_scale: LossScale,
-        autocast: torch.dtype | None,
-        *,
-        stacklevel: int,
+        self, objective: Objective, balls: Sequence[Ball], start: Sequence[Tensor], autocast: torch.dtype | None
     ) -> None:
-        """Warn if the perturbed passes, or the ascent, cannot carry what `neighbourhoods` and `start` ask for.
+        """Warn if the perturbed passes, or the ascent, cannot carry what `balls` and `start` ask for.
 
         Args:
-            run: runs the model with perturbations, under the dropout masks of the clean pass.
-            neighbourhoods: the ball of each look-up.
+            objective: Of the pass that makes the penalty, under the dropout masks of the clean pass.
+            balls: The ball of each look-up.
             start: ν of each look-up.
-            clean: the clean output.
-            divergence: ℓ.
-            loss_scale: that of float16 passes.
-            autocast: what autocast makes of float32, None where it is off.
-            stacklevel: of the warning, 1 for the caller of this method.
+            autocast: What autocast makes of float32, None where it is off.
         """
-        settings, embeddings = neighbourhoods[0].settings, neighbourhoods[0].embeddings
+        settings, embeddings = balls[0].settings, balls[0].embeddings
         key = (embeddings.device, embeddings.dtype, autocast)
         if key in self._looked or torch.is_inference_mode_enabled():
             return
         self._looked.add(key)
-        dtypes = [autocast, embeddings.dtype, *(tensor.dtype for tensor in clean)]
         fine = resolution(embeddings.device, [embeddings.dtype])
-        coarse = resolution(embeddings.device, dtypes)
+        coarse = resolution(embeddings.device, objective.dtypes)
         ascent = coarse if settings.ascent_autocast else fine
-        asked = {"noise_std": (_noise_size(neighbourhoods, start), ascent if settings.steps else coarse)}
+        asked = {"noise_std": (_noise_size(balls, start), ascent if settings.steps else coarse)}
         if settings.ascent == "projected":
-            asked["epsilon"] = (_epsilon_size(neighbourhoods), coarse)
+            asked["epsilon"] = (_epsilon_size(balls), coarse)
         doubtful = {name: size for name, (size, limit) in asked.items() if 0 < size < _SAFE * limit}
-        directions = [direction_of(ball, noise) for ball, noise in zip(neighbourhoods, start, strict=True)]
+        directions = [direction_of(ball, noise) for ball, noise in zip(balls, start, strict=True)]
         if not doubtful or not any(bool(direction.any()) for direction in directions):
             return
-        reference = tuple(tensor.detach() for tensor in clean)
-        needed = smallest_useful(run, reference, directions, neighbourhoods, divergence, loss_scale, dtypes)
+        needed = smallest_useful(objective, balls, directions)
         drowned = {name: size for name, size in doubtful.items() if needed is not None and size < needed}
         if drowned and needed is not None:
-            warnings.warn(_message(drowned, needed, neighbourhoods, autocast), SmartWarning, stacklevel=stacklevel + 1)
+            warn(_message(drowned, needed, balls, autocast))
 
 
 def resolution(device: torch.device, dtypes: Sequence[torch.dtype | None]) -> float:
@@ -108,39 +89,26 @@ def resolution(device: torch.device, dtypes: Sequence[torch.dtype | None]) -> fl
     return max(torch.finfo(dtype).eps for dtype in floating)
 
 
-def direction_of(ball: Neighbourhood, noise: Tensor) -> Tensor:
+def direction_of(ball: Ball, noise: Tensor) -> Tensor:
     """ν scaled to the root mean square of each example's embeddings; zero where either is."""
     wide = ball.embeddings.to(noise.dtype)
     size = root_mean_square(noise, ball.mask)
     return torch.where(size > 0, noise * (root_mean_square(wide, ball.mask) / torch.where(size > 0, size, 1.0)), 0.0)
 
 
-def agreement(
-    run: RunPass,
-    reference: Sequence[Tensor],
-    perturbations: Sequence[Tensor],
-    neighbourhoods: Sequence[Neighbourhood],
-    divergence: Divergence,
-    loss_scale: LossScale,
-    dtypes: Sequence[torch.dtype | None],
-) -> float | None:
+def agreement(objective: Objective, balls: Sequence[Ball], perturbations: Sequence[Tensor]) -> float | None:
     """c = cos(g₊, −g₋) over the whole batch, less any example whose gradients are not finite.
 
     Returns:
         c; −1 where both gradients are zero (nothing of the perturbation is left); None if no example can be judged, or
-        the output has no gradient.
+        the output does not depend on the perturbation.
     """
     sides = []
     for sign in (1.0, -1.0):
-        variables = [(sign * delta).detach().requires_grad_() for delta in perturbations]
-        with torch.enable_grad(), run(variables) as output:
-            value = divergence_of(divergence, output, tuple(reference))
-            if not value.requires_grad:
-                return None
-            scale = loss_scale.get(value.device, *dtypes)
-            found = torch.autograd.grad(scaled(value, scale), variables, allow_unused=True)
-        gradients = [torch.zeros_like(v) if g is None else g for v, g in zip(variables, found, strict=True)]
-        sides.append([b.hide_padding(g).flatten(1) for b, g in zip(neighbourhoods, gradients, strict=True)])
+        _, gradients = objective.gradient([sign * delta for delta in perturbations])
+        if gradients is None:
+            return None
+        sides.append([ball.hide_padding(g).flatten(1) for ball, g in zip(balls, gradients, strict=True)])
     plus, minus, both = 0.0, 0.0, 0.0
     judged = False
     for up, down in zip(*sides, strict=True):  # (batch, entries)
@@ -166,28 +134,19 @@ def cosine_from(agreement: float) -> float:
     return 1.0 if math.isinf(signal) else math.sqrt(signal / (signal + 2.0))
 
 
-def smallest_useful(
-    run: RunPass,
-    reference: Sequence[Tensor],
-    directions: Sequence[Tensor],
-    neighbourhoods: Sequence[Neighbourhood],
-    divergence: Divergence,
-    loss_scale: LossScale,
-    dtypes: Sequence[torch.dtype | None],
-) -> float | None:
+def smallest_useful(objective: Objective, balls: Sequence[Ball], directions: Sequence[Tensor]) -> float | None:
     """The size of a perturbation, in root mean squares of the embeddings, at which the cosine is `REQUIRED_COSINE`.
 
     Returns:
         The size, the geometric mean of what the two smallest rungs of the ladder tell whose agreement is more than
         chance (larger ones are curved); infinity if there is none; None if nothing could be judged.
     """
-    unit = resolution(neighbourhoods[0].embeddings.device, dtypes)
+    unit = resolution(balls[0].embeddings.device, objective.dtypes)
     wanted = 2.0 * REQUIRED_COSINE**2 / (1.0 - REQUIRED_COSINE**2)
     judged, told = False, []
     for factor in _LADDER:  # all of it, whatever comes out: the number of passes must not depend on the data
         size = factor * unit
-        scaled_directions = [size * direction for direction in directions]
-        c = agreement(run, reference, scaled_directions, neighbourhoods, divergence, loss_scale, dtypes)
+        c = agreement(objective, balls, [size * direction for direction in directions])
         judged = judged or c is not None
         if c is not None and c >= _INFORMATIVE:
             told.append(size * math.sqrt(wanted / _signal_to_rounding(c)))
@@ -202,32 +161,32 @@ def _signal_to_rounding(agreement: float) -> float:
     return max(0.0, (1.0 + 2.0 * agreement) / (1.0 - agreement))
 
 
-def _noise_size(neighbourhoods: Sequence[Neighbourhood], start: Sequence[Tensor]) -> float:
+def _noise_size(balls: Sequence[Ball], start: Sequence[Tensor]) -> float:
     """Root mean square of ν over that of the embeddings."""
-    noise = [root_mean_square(nu, ball.mask) for ball, nu in zip(neighbourhoods, start, strict=True)]
-    return _mean(noise) / max(_embedding_size(neighbourhoods), torch.finfo(torch.float32).tiny)
+    noise = [root_mean_square(nu, ball.mask) for ball, nu in zip(balls, start, strict=True)]
+    return _mean(noise) / max(_embedding_size(balls), torch.finfo(torch.float32).tiny)
 
 
-def _epsilon_size(neighbourhoods: Sequence[Neighbourhood]) -> float:
+def _epsilon_size(balls: Sequence[Ball]) -> float:
     """The entries of a perturbation on the sphere, over the root mean square of the embeddings."""
-    settings = neighbourhoods[0].settings
-    return settings.epsilon / max(_unit(neighbourhoods, "epsilon"), torch.finfo(torch.float32).tiny)
+    settings = balls[0].settings
+    return settings.epsilon / max(_unit(balls, "epsilon"), torch.finfo(torch.float32).tiny)
 
 
-def _unit(neighbourhoods: Sequence[Neighbourhood], name: str) -> float:
+def _unit(balls: Sequence[Ball], name: str) -> float:
     """What the user's number is for a perturbation as large as the embeddings."""
-    settings = neighbourhoods[0].settings
+    settings = balls[0].settings
     if settings.epsilon_scale == "rms":
         return 1.0
-    size = _embedding_size(neighbourhoods)
+    size = _embedding_size(balls)
     if name == "noise_std" or settings.norm == "inf":
         return size
-    entries = [entries_under_norm(b.embeddings.float(), b.mask, b.dims) for b in neighbourhoods]
+    entries = [entries_under_norm(b.embeddings.float(), b.mask, b.dims) for b in balls]
     return size * math.sqrt(_mean(entries))
 
 
-def _embedding_size(neighbourhoods: Sequence[Neighbourhood]) -> float:
-    return _mean([root_mean_square(b.embeddings.to(b.entry_scale.dtype), b.mask) for b in neighbourhoods])
+def _embedding_size(balls: Sequence[Ball]) -> float:
+    return _mean([root_mean_square(b.embeddings.to(b.entry_scale.dtype), b.mask) for b in balls])
 
 
 def _mean(values: Sequence[Tensor]) -> float:
@@ -237,18 +196,16 @@ def _mean(values: Sequence[Tensor]) -> float:
     return float(flat.mean()) if len(flat) else 0.0
 
 
-def _message(
-    drowned: dict[str, float], needed: float, neighbourhoods: Sequence[Neighbourhood], autocast: torch.dtype | None
-) -> str:
-    settings = neighbourhoods[0].settings
-    dtype = neighbourhoods[0].embeddings.dtype if autocast is None else autocast
+def _message(drowned: dict[str, float], needed: float, balls: Sequence[Ball], autocast: torch.dtype | None) -> str:
+    settings = balls[0].settings
+    dtype = balls[0].embeddings.dtype if autocast is None else autocast
     where = str(dtype).removeprefix("torch.") + (" autocast" if autocast is not None else "")
     kind = "times the root mean square of the embeddings" if settings.epsilon_scale == "rms" else "absolute"
-    asked = " and ".join(f"{name}={size * _unit(neighbourhoods, name):.3g}" for name, size in drowned.items())
+    asked = " and ".join(f"{name}={size * _unit(balls, name):.3g}" for name, size in drowned.items())
     if math.isinf(needed):
         least = "and no larger value up to a quarter of the embeddings themselves was found that is not"
     else:
-        values = ", ".join(f"{name}={needed * _unit(neighbourhoods, name):.2g}" for name in drowned)
+        values = ", ".join(f"{name}={needed * _unit(balls, name):.2g}" for name in drowned)
         least = f"the smallest useful value for this model and dtype is {values} ({kind})"
     remedy = "use larger values, or float32"
     if autocast is not None and settings.ascent_autocast:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from smartreg.averaging import average_dtype, move_averages
-from smartreg.pairing import Layout, Pair, differences, innermost, listed, pair
-from smartreg.sharing import can_share, checked_teacher, frozen_copy, is_view, own_copy, reshard, view_of
+from smartreg._teacher.averaging import average_dtype, move_averages
+from smartreg._teacher.parameters import Layout, Pair, differences, listed, pair
+from smartreg._teacher.sharing import can_share, checked_teacher, frozen_copy, is_view, own_copy, reshard, view_of
+from smartreg._wrappers import innermost
 
 _Buffers = dict[str, Tensor | None]
 
@@ -35,13 +36,13 @@ class Teacher:
     `wide`. Buffers are the model's.
 
     Args:
-        model: the model whose parameters are averaged; behind wrappers, the module inside.
-        module: the teacher at the start, or None for a copy that shares what is frozen in the model.
+        model: The model whose parameters are averaged; behind wrappers, the module inside.
+        module: The teacher at the start, or None for a copy that shares what is frozen in the model.
 
     Raises:
         TypeError: `module` is no module.
         ValueError: `module` does not fit the model, or shares what the model trains; the model has lazy parameters.
-        RuntimeError: the model cannot be copied.
+        RuntimeError: The model cannot be copied.
     """
 
     def __init__(self, model: nn.Module, module: nn.Module | None = None) -> None:
@@ -68,7 +69,7 @@ class Teacher:
         """The parameters of model and teacher by name, looked up anew if either has changed.
 
         Raises:
-            RuntimeError: the two no longer have the same parameters; the message names the difference.
+            RuntimeError: The two no longer have the same parameters; the message names the difference.
         """
         if not self._layouts or not all(layout.is_current() for layout in self._layouts):
             reshard(self.model)
@@ -90,10 +91,10 @@ class Teacher:
         """Brings the teacher to where the model is: its device, dtype, shared storage and buffers.
 
         Args:
-            unshare: whether a shared parameter that the model now trains gets a storage of its own, at its value.
+            unshare: Whether a shared parameter that the model now trains gets a storage of its own, at its value.
 
         Raises:
-            RuntimeError: the parameters of the model have changed.
+            RuntimeError: The parameters of the model have changed.
         """
         self.pairs()
         with _ordinary_tensors():
@@ -106,7 +107,7 @@ class Teacher:
         r"""\(\tilde\theta \leftarrow (1-\beta)\,\theta + \beta\,\tilde\theta\), for every parameter not shared.
 
         Raises:
-            RuntimeError: the parameters of the model have changed, or it trains one that is shared.
+            RuntimeError: The parameters of the model have changed, or it trains one that is shared.
         """
         self.pairs()
         thawed = self._thawed()
@@ -149,7 +150,7 @@ class Teacher:
         """Writes the averages, the shared parameters and the persistent buffers into a model of the same names.
 
         Raises:
-            ValueError: the names or shapes differ; nothing was written.
+            ValueError: The names or shapes differ; nothing was written.
         """
         self.follow()
         target, teacher = Layout(innermost(model)), self._layouts[1]

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.graph import Node
 from typing_extensions import Self
 
-from smartreg.loss_scale import scaled
+from smartreg._loss_scale import scaled
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class StoredGradients:
     """A penalty that was differentiated at once, its graph already gone.
 
     Attributes:
-        value: the penalty, without a graph.
-        reference: gradients with respect to the clean outputs and embeddings, by their index.
-        leaves: every leaf that the penalty depends on, with its gradient.
-        scale: what the gradients have been multiplied by; None for 1.
+        value: The penalty, without a graph.
+        reference: Gradients with respect to the clean outputs and embeddings, by their index.
+        leaves: Every leaf that the penalty depends on, with its gradient.
+        scale: What the gradients have been multiplied by; None for 1.
     """
 
     value: Tensor
@@ -37,14 +37,14 @@ class StoredGradients:
         """Differentiate `value` and free its graph, all of which was made after `mark`.
 
         Args:
-            value: the penalty with its graph.
-            reference: the clean outputs as leaves, and the embeddings where the pass took them as leaves; some may not
+            value: The penalty with its graph.
+            reference: The clean outputs as leaves, and the embeddings where the pass took them as leaves; some may not
                 require a gradient.
-            mark: from `graph_mark`, before the graph was made.
-            scale: what to multiply the penalty by first; None for 1.
+            mark: From `graph_mark`, before the graph was made.
+            scale: What to multiply the penalty by first; None for 1.
 
         Raises:
-            RuntimeError: a graph enters from outside.
+            RuntimeError: A graph enters from outside.
         """
         outputs = {index: tensor for index, tensor in enumerate(reference) if tensor.requires_grad}
         leaves = [leaf for leaf in _leaves_since(value, mark) if all(leaf is not out for out in outputs.values())]
@@ -119,7 +119,7 @@ def _leaves_since(value: Tensor, mark: int) -> list[Tensor]:
     """The leaves of the graph of `value`, all of which was made after `mark`.
 
     Raises:
-        RuntimeError: part of the graph is older, so that differentiating it now would free what is not ours.
+        RuntimeError: Part of the graph is older, so that differentiating it now would free what is not ours.
     """
     leaves: list[Tensor] = []
     seen: set[Node] = set()

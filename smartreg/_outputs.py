@@ -25,16 +25,16 @@ def compared_tensors(output: object, output_to_logits: OutputToLogits | None = N
     """The tensors to compare in the output of a model.
 
     Args:
-        output: what `forward` returned. Without `output_to_logits` it is a tensor, an object with `.logits`,
+        output: What `forward` returned. Without `output_to_logits` it is a tensor, an object with `.logits`,
             or a mapping with `"logits"`.
-        output_to_logits: a function of the output that returns a tensor or a sequence of tensors, such as
+        output_to_logits: A function of the output that returns a tensor or a sequence of tensors, such as
             `lambda out: (out.start_logits, out.end_logits)`; the divergences of a sequence are summed.
 
     Returns:
         One or more floating-point tensors of any shape.
 
     Raises:
-        TypeError: no tensor can be taken from the output, or it is not of a floating-point dtype.
+        TypeError: No tensor can be taken from the output, or it is not of a floating-point dtype.
         ValueError: `output_to_logits` returned an empty sequence.
 
     Example:
@@ -54,16 +54,16 @@ def divergence_of(
     """The sum of ℓ(first_k, second_k) over the compared tensors k.
 
     Args:
-        divergence: a function ℓ of two tensors of one shape that returns a scalar.
-        first: what is passed as ℓ's first argument (perturbed, or student), from `compared_tensors`.
-        second: what is passed as its second argument (clean, or teacher), of the same number and shapes.
+        divergence: A function ℓ of two tensors of one shape that returns a scalar.
+        first: What is passed as ℓ's first argument (perturbed, or student), from `compared_tensors`.
+        second: What is passed as its second argument (clean, or teacher), of the same number and shapes.
 
     Returns:
         A scalar tensor, on the graphs of both.
 
     Raises:
-        TypeError: the divergence returned something else than a floating-point tensor.
-        ValueError: the divergence returned no scalar, or the two passes differ in the number or shapes of tensors.
+        TypeError: The divergence returned something else than a floating-point tensor.
+        ValueError: The divergence returned no scalar, or the two passes differ in the number or shapes of tensors.
 
     Example:
         >>> absolute = lambda a, b: (a - b).abs().mean()

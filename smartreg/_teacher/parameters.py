@@ -14,24 +14,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 _WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
-def innermost(model: nn.Module) -> nn.Module:
-    """The user's own module: what stands inside `DistributedDataParallel`, `DataParallel` and `torch.compile`.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(2, 2)
-        >>> innermost(torch.compile(model, backend="eager")) is model
-        True
-    """
-    while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
-
-
 class Layout:
     """Every module and parameter of a model under its name without wrappers, and whether that is still true.
 
@@ -39,8 +21,8 @@ class Layout:
     model takes longer than moving a small teacher, so that a layout is kept and asked whether it `is_current`.
 
     Attributes:
-        modules: from name to module; of a wrapper and what it wraps, the latter.
-        parameters: from name to parameter.
+        modules: From name to module; of a wrapper and what it wraps, the latter.
+        parameters: From name to parameter.
 
     Example:
         >>> import torch

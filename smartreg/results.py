@@ -1,14 +1,27 @@
-"""What the last call of a regularizer did, for logging."""
+"""What a call of `SmartLoss` returns, and what it did."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 _NAMES = ("penalty", "start_divergence", "ascent_gain", "max_perturbation", "bad_examples")
 
 
-@dataclass(frozen=True)
+class SmartOutput(NamedTuple):
+    """What a regularized forward pass returns.
+
+    Attributes:
+        outputs: What `forward` returned in the clean pass, unchanged.
+        penalty: R_s(θ), a scalar in float32 at least, to be multiplied by λ_s and added to the task loss.
+    """
+
+    outputs: Any
+    penalty: Tensor
+
+
+@dataclass(frozen=True, repr=False)
 class SmartStats:
     """Plain numbers of the last call; the device is synchronised when one is read, not before.
 
@@ -25,6 +38,10 @@ class SmartStats:
     _start_divergence: Tensor
     _max_perturbation: Tensor
     _bad_examples: Tensor
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name}={self[name]:.4g}" for name in self.keys())  # not a dict
+        return f"{type(self).__name__}({numbers})"
 
     @property
     def penalty(self) -> float:

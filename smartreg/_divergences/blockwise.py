@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smartreg._divergence_formulas import symmetric_kl, symmetric_kl_gradients
+from smartreg._divergences.formulas import symmetric_kl, symmetric_kl_gradients
 
 # The largest |u| whose exponentials keep clear of the ends of float32.
 _MODERATE = 40.0

@@ -1,4 +1,4 @@
-r"""The geometry of one embedding look-up: radius, projection and ascent step of Algorithm 1.
+r"""The geometry of one embedding look-up: radius, noise, projection and ascent step of Algorithm 1.
 
 Pure functions of tensors. Shapes throughout: an embedding output is (batch, ..., feature), usually
 (batch, sequence, feature); its first dimension is the example, its last the feature. Everything is computed in float32
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smartreg.settings import Norm, SmartSettings
+from smartreg._ascent.settings import Norm, SmartSettings
 
 
 @dataclass(frozen=True)
-class Neighbourhood:
+class Ball:
     r"""The ball around the embeddings of one look-up, \(\{\tilde x : \|\tilde x_i - x_i\|_p \le \epsilon_i\}\).
 
     Attributes:
-        embeddings: the clean embeddings x, detached, (batch, ..., feature).
-        mask: bool, (batch, ..., 1); False where padding stands. None if every position is real.
-        entry_scale: what one entry is measured in: the example's root mean square, or 1; the unit of `noise_std`.
-        norm_scale: what a norm is measured in, the unit of `epsilon` and `step_size`: the same, for the 2-norm times
+        embeddings: The clean embeddings x, detached, (batch, ..., feature).
+        mask: Bool, (batch, ..., 1); False where padding stands. None if every position is real.
+        entry_scale: What one entry is measured in: the example's root mean square, or 1; the unit of `noise_std`.
+        norm_scale: What a norm is measured in, the unit of `epsilon` and `step_size`: the same, for the 2-norm times
             the square root of the number of entries under it. Both broadcast to `embeddings`.
-        dims: the dimensions under one norm.
-        settings: the hyperparameters.
+        dims: The dimensions under one norm.
+        settings: The hyperparameters.
     """
 
     embeddings: Tensor
@@ -35,7 +35,7 @@ class Neighbourhood:
     settings: SmartSettings
 
     @classmethod
-    def around(cls, embeddings: Tensor, mask: Tensor | None, settings: SmartSettings) -> "Neighbourhood":
+    def around(cls, embeddings: Tensor, mask: Tensor | None, settings: SmartSettings) -> "Ball":
         """Measure the scale of a look-up; `mask` is (batch, ...) or None."""
         visible = None if mask is None else (mask != 0).to(embeddings.device).unsqueeze(-1)  # (batch, ..., 1)
         dims = tuple(range(1, embeddings.ndim)) if settings.norm_over == "example" else (embeddings.ndim - 1,)
@@ -48,7 +48,7 @@ class Neighbourhood:
                 norm_scale = entry_scale * entries_under_norm(wide, visible, dims).sqrt()
         return cls(embeddings, visible, entry_scale, norm_scale, dims, settings)
 
-    def start(self, generator: torch.Generator | None) -> Tensor:
+    def noise(self, generator: torch.Generator | None) -> Tensor:
         r"""Draw \(\nu \sim N(0, \sigma^2 I)\), zero at padding (Algorithm 1, line 6)."""
         dtype, device = self.entry_scale.dtype, self.embeddings.device
         if self.settings.noise_std == 0:
@@ -61,13 +61,13 @@ class Neighbourhood:
         """Zero at padding, by selection, so that NaN and inf stay out."""
         return values if self.mask is None else torch.where(self.mask, values, values.new_zeros(()))
 
-    def settle(self, perturbation: Tensor) -> Tensor:
-        r"""The perturbation as it may reach the model without a further step: \(\Pi_\epsilon\) in projected mode."""
+    def project(self, perturbation: Tensor) -> Tensor:
+        r"""\(\Pi_\epsilon\) of the perturbation; the packages' rule (`"normalized"`) has no projection."""
         if self.settings.ascent == "normalized":
             return perturbation
         return project(perturbation, self.settings.epsilon * self.norm_scale, self.settings.norm, self.dims)
 
-    def ascend(self, perturbation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, perturbation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         r"""One ascent step.
 
         \[ \tilde g_i = g_i / \|g_i\|_p, \qquad \delta_i \leftarrow \Pi_{\epsilon}(\delta_i + \eta \tilde g_i) \]
@@ -77,7 +77,7 @@ class Neighbourhood:
 
         Args:
             perturbation: δ, (batch, ..., feature).
-            gradient: g, same shape; padding is dropped before the norm is taken.
+            gradient: G, same shape; padding is dropped before the norm is taken.
 
         Returns:
             The new δ, and a bool tensor (batch,) that marks the examples without a usable gradient (an example that is
@@ -90,7 +90,7 @@ class Neighbourhood:
         direction = torch.where(usable, gradient, gradient.new_zeros(()))
         if self.settings.ascent == "projected":
             step = normalize(direction, self.settings.norm, self.dims)
-            moved = self.settle(perturbation + self.settings.step_size * self.norm_scale * step)
+            moved = self.project(perturbation + self.settings.step_size * self.norm_scale * step)
         else:
             stepped = perturbation + self.settings.step_size * self.norm_scale * direction
             size = vector_norm(stepped, self.settings.norm, self.dims)

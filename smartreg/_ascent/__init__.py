@@ -1,0 +1,9 @@
+r"""The mathematics of the search, which knows nothing of models.
+
+Everything adversarial is about one function, \(\delta \mapsto \ell(f(x + \delta), f(x))\): the `Objective`
+(`objective.py`), made of a function that runs f with a perturbation. `settings.py` holds what the user chose, `ball.py`
+the geometry of one embedding look-up (units, noise, projection, step), `start.py` the balls of a batch and where the
+search begins in them, and `search.py` goes from there, step by step, to the perturbation that moves the output most.
+`precision.py` asks whether the dtype in use can carry such a perturbation at all, and `sweep.py` measures what each
+size of it does.
+"""

@@ -1,0 +1,105 @@
+"""What perturbations of one size do: the measurements of `diagnose` for one ε."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from smartreg._ascent.ball import Ball
+from smartreg._ascent.objective import Objective
+from smartreg._ascent.precision import agreement, cosine_from
+from smartreg._ascent.search import search
+from smartreg.divergences import Divergence, kind_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """The measurements at one ε; see `Diagnosis` for their meaning."""
+
+    penalty: float
+    random: float
+    flips: float | None
+    cosine: float
+    rounding: float
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One batch, and the passes around its clean one.
+
+    Attributes:
+        ascent: The objective that is differentiated, without autocast if the settings say so.
+        penalty: The objective of the pass that makes the penalty.
+        balls: The ball of each look-up; the ε in their settings is not used.
+        unit: A starting noise for ε = 1.
+        dropout: D, the divergence of two clean passes under different dropout masks.
+    """
+
+    ascent: Objective
+    penalty: Objective
+    balls: Sequence[Ball]
+    unit: Sequence[Tensor]
+    dropout: float
+
+    def row(self, size: float) -> Row:
+        """Everything that is measured at ε = η = σ = `size`."""
+        settings = replace(self.balls[0].settings, epsilon=size, step_size=size, noise_std=size)
+        balls = [replace(ball, settings=settings) for ball in self.balls]
+        noise = [size * nu for nu in self.unit]
+        found = search(self.ascent, balls, noise)
+        agreed = agreement(self.ascent, balls, noise)
+        plus = self._outputs(found.perturbations)
+        minus = self._outputs([-delta for delta in found.perturbations])
+        random = self._outputs([ball.project(nu) for ball, nu in zip(balls, noise, strict=True)])
+        penalty = float(self.penalty.value(plus))
+        return Row(
+            penalty=penalty,
+            random=float(self.penalty.value(random)),
+            flips=flips(plus, self.penalty.reference, self.penalty.divergence),
+            cosine=0.0 if agreed is None else cosine_from(agreed),
+            rounding=self._rounding(plus, minus),
+            dropout=ratio(self.dropout, self.dropout + penalty) if self.dropout else 0.0,
+        )
+
+    def _outputs(self, perturbations: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        with self.penalty.run(perturbations) as outputs:
+            return tuple(output.detach() for output in outputs)
+
+    def _rounding(self, plus: tuple[Tensor, ...], minus: tuple[Tensor, ...]) -> float:
+        """In float64, so that no more than the rounding of the outputs themselves is seen."""
+        exact = replace(self.penalty, reference=tuple(_wide(tensor) for tensor in self.penalty.reference))
+        whole = float(exact.value(tuple(_wide(a) for a in plus)))
+        part = float(exact.value(tuple((_wide(a) + _wide(b)) / 2 for a, b in zip(plus, minus, strict=True))))
+        return min(1.0, 4.0 / 3.0 * part / whole) if whole > 0 else 1.0
+
+
+def flips(outputs: tuple[Tensor, ...], clean: tuple[Tensor, ...], divergence: Divergence) -> float | None:
+    """Fraction of predictions that differ; None where there is no class to predict.
+
+    A divergence of the user's own counts as one between softmax outputs, where the outputs can be such.
+    """
+    kind = kind_of(divergence)
+    if kind is None:
+        kind = "softmax" if all(c.ndim > 1 and c.shape[-1] > 1 for c in clean) else "value"
+    if kind == "value":
+        return None
+    pairs = zip(outputs, clean, strict=True)
+    if kind == "softmax":
+        changed = [(a.argmax(-1) != b.argmax(-1)).flatten() for a, b in pairs]
+    else:
+        changed = [((a > 0) != (b > 0)).flatten() for a, b in pairs]
+    return float(torch.cat(changed).float().mean())
+
+
+def ratio(part: float, whole: float) -> float:
+    """Part over whole; of nothing, NaN for nothing and infinity for anything else."""
+    return part / whole if whole else (math.nan if part == 0 else math.inf)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()  # MPS has no float64

@@ -1,0 +1,95 @@
+"""What wraps a model (DDP, `torch.compile`): take it off, and notice whether what is inside ran."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The user's own module: what stands inside `DistributedDataParallel`, `DataParallel` and `torch.compile`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 2)
+        >>> innermost(torch.compile(model, backend="eager")) is model
+        True
+    """
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def without_ddp(model: nn.Module) -> nn.Module:
+    """What the passes after the clean one run through: the model without `DistributedDataParallel`, still compiled.
+
+    Raises:
+        RuntimeError: The order of the wrappers is one under which gradients or random masks would be silently wrong.
+    """
+    if isinstance(model, DataParallel):
+        raise RuntimeError(
+            "SmartLoss needs one module a process, got torch.nn.DataParallel, whose replicas live for one forward; "
+            "use DistributedDataParallel"
+        )
+    if _is_optimized(model) and isinstance(model.get_submodule("_orig_mod"), DistributedDataParallel):
+        raise RuntimeError(
+            "SmartLoss cannot take DistributedDataParallel off inside torch.compile: got "
+            "torch.compile(DistributedDataParallel(model)), expected DistributedDataParallel(torch.compile(model))"
+        )
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module, from wrappers in an order that `without_ddp` accepts."""
+    return innermost(without_ddp(model))
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any part of the model runs through `torch.compile`."""
+    return any(_is_optimized(m) or m._compiled_call_impl is not None for m in model.modules())
+
+
+def _is_optimized(module: nn.Module) -> bool:
+    # torch._dynamo takes longer to import than torch itself, and while nobody has imported it nothing is compiled.
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+@contextmanager
+def noting_calls(module: nn.Module) -> Iterator[list[bool]]:
+    """Yields a list that is not empty once the module, or any module in it, has run."""
+    called: list[bool] = []
+
+    def note(*_: Any) -> None:
+        # Inside a graph there is nothing to note: what stands around the graph has run too.
+        if not torch.compiler.is_compiling():
+            called.append(True)
+
+    handles = [inner.register_forward_pre_hook(note) for inner in module.modules()]
+    # `module.compile()` puts the hooks inside the graph, so that the entry itself has to be watched.
+    compiled = [(inner, inner._compiled_call_impl) for inner in module.modules() if inner._compiled_call_impl]
+    for inner, call in compiled:
+        inner._compiled_call_impl = partial(_noted, note, call)
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+        for inner, call in compiled:
+            inner._compiled_call_impl = call
+
+
+def _noted(note: Callable[[], None], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    note()
+    return call(*args, **kwargs)

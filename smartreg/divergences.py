@@ -6,21 +6,15 @@ handed to the regularizers may be any callable of two tensors that returns a sca
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from smartreg._divergences import formulas
-from smartreg._divergences.blockwise import blockwise_symmetric_kl
+from smartreg._divergences.positions import over_classes, over_elements
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 Kind = Literal["softmax", "bernoulli", "value"]
-
-_REDUCTIONS = ("none", "sum", "mean")
-
-# From this many logits on the hand-written gradient of symmetric_kl is faster than autograd's, however few the classes.
-_BLOCKWISE_FROM = 2**12
 
 
 def symmetric_kl(input: Tensor, target: Tensor, *, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
@@ -54,7 +48,7 @@ def symmetric_kl(input: Tensor, target: Tensor, *, mask: Tensor | None = None, r
     Reference:
         Jiang et al., SMART, ACL 2020, section 3.1, doi 10.18653/v1/2020.acl-main.197.
     """
-    return _over_classes(formulas.symmetric_kl, "symmetric_kl", input, target, mask, reduction)
+    return over_classes(formulas.symmetric_kl, "symmetric_kl", input, target, mask, reduction)
 
 
 def kl(input: Tensor, target: Tensor, *, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
@@ -73,7 +67,7 @@ def kl(input: Tensor, target: Tensor, *, mask: Tensor | None = None, reduction: 
     Reference:
         Kullback and Leibler, On Information and Sufficiency, 1951.
     """
-    return _over_classes(formulas.kl, "kl", input, target, mask, reduction)
+    return over_classes(formulas.kl, "kl", input, target, mask, reduction)
 
 
 def jensen_shannon(input: Tensor, target: Tensor, *, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
@@ -92,7 +86,7 @@ def jensen_shannon(input: Tensor, target: Tensor, *, mask: Tensor | None = None,
     Reference:
         Lin, Divergence Measures Based on the Shannon Entropy, 1991, doi 10.1109/18.61115.
     """
-    return _over_classes(formulas.jensen_shannon, "jensen_shannon", input, target, mask, reduction)
+    return over_classes(formulas.jensen_shannon, "jensen_shannon", input, target, mask, reduction)
 
 
 def hellinger(input: Tensor, target: Tensor, *, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
@@ -113,7 +107,7 @@ def hellinger(input: Tensor, target: Tensor, *, mask: Tensor | None = None, redu
     Reference:
         Beran, Minimum Hellinger Distance Estimates for Parametric Models, 1977, doi 10.1214/aos/1176343842.
     """
-    return _over_classes(formulas.hellinger, "hellinger", input, target, mask, reduction)
+    return over_classes(formulas.hellinger, "hellinger", input, target, mask, reduction)
 
 
 def binary_symmetric_kl(
@@ -145,7 +139,7 @@ def binary_symmetric_kl(
     Reference:
         Jiang et al., SMART, ACL 2020, section 3.1, doi 10.18653/v1/2020.acl-main.197, with two classes.
     """
-    return _over_elements(formulas.binary_symmetric_kl, "binary_symmetric_kl", input, target, mask, reduction)
+    return over_elements(formulas.binary_symmetric_kl, "binary_symmetric_kl", input, target, mask, reduction)
 
 
 def mse(input: Tensor, target: Tensor, *, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
@@ -164,7 +158,7 @@ def mse(input: Tensor, target: Tensor, *, mask: Tensor | None = None, reduction:
     Reference:
         Jiang et al., SMART, ACL 2020, section 3.1, doi 10.18653/v1/2020.acl-main.197.
     """
-    return _over_elements(lambda a, b: (a - b).square(), "mse", input, target, mask, reduction)
+    return over_elements(lambda a, b: (a - b).square(), "mse", input, target, mask, reduction)
 
 
 class Builtin(NamedTuple):
@@ -257,85 +251,3 @@ def is_builtin(divergence: Divergence) -> bool:
         (True, False)
     """
     return kind_of(divergence) is not None
-
-
-def _over_classes(
-    formula: Divergence, name: str, input: Tensor, target: Tensor, mask: Tensor | None, reduction: str
-) -> Tensor:
-    """Check, apply a formula that turns logits (..., C) into divergences (...), and reduce."""
-    _check(name, input, target, reduction)
-    if input.ndim == 0 or input.shape[-1] < 2:
-        raise ValueError(
-            f"{name} needs logits of shape (..., C) with C >= 2, got {tuple(input.shape)}: the softmax of a single "
-            "logit is always 1. For a head with one logit use binary_symmetric_kl, or mse if it is a regression"
-        )
-    keep = _keep(mask, input.shape[:-1])
-    # torch.compile fuses the plain formula by itself.
-    if formula is formulas.symmetric_kl and input.numel() >= _BLOCKWISE_FROM and not torch.compiler.is_compiling():
-        return _reduce(blockwise_symmetric_kl(input, target, keep), keep, reduction)
-    input, target = _leave_out(input, target, None if keep is None else keep.unsqueeze(-1))
-    return _reduce(formula(input, target), keep, reduction)
-
-
-def _over_elements(
-    formula: Divergence, name: str, input: Tensor, target: Tensor, mask: Tensor | None, reduction: str
-) -> Tensor:
-    """Check, apply a formula for single elements, and reduce."""
-    _check(name, input, target, reduction)
-    keep = _keep(mask, input.shape)
-    input, target = _leave_out(input, target, keep)
-    return _reduce(formula(input, target), keep, reduction)
-
-
-def _check(name: str, input: Any, target: Any, reduction: Any) -> None:
-    for argument, value in (("input", input), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{argument} of {name} must be a tensor, got {type(value).__name__}")
-        if not value.is_floating_point():
-            raise TypeError(
-                f"{argument} of {name} must be raw model outputs of a floating dtype, got {value.dtype}; "
-                "class labels and predictions are not logits"
-            )
-    if input.shape != target.shape:
-        raise ValueError(
-            f"input and target of {name} must have one shape, got {tuple(input.shape)} and {tuple(target.shape)}; "
-            "they are not broadcast (squeeze or expand one of them)"
-        )
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
-
-
-def _keep(mask: Any, positions: torch.Size) -> Tensor | None:
-    """The mask as booleans of the per-position shape."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor of 0 and 1 or booleans, got {type(mask).__name__}")
-    try:
-        return mask.bool().expand(positions)
-    except RuntimeError:
-        raise ValueError(
-            f"mask must broadcast to the shape of the positions, {tuple(positions)}, got {tuple(mask.shape)}"
-        ) from None
-
-
-def _leave_out(input: Tensor, target: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the computation, with equal numbers where `keep` is False.
-
-    Replaced before anything is computed, not multiplied away after: NaN times 0 is NaN, in the gradient too.
-    """
-    dtype = torch.promote_types(torch.promote_types(input.dtype, target.dtype), torch.float32)
-    input, target = input.to(dtype), target.to(dtype)
-    if keep is None:
-        return input, target
-    return torch.where(keep, input, 0.0), torch.where(keep, target, 0.0)
-
-
-def _reduce(values: Tensor, keep: Tensor | None, reduction: str) -> Tensor:
-    """Values are 0 where `keep` is False; no position at all has mean 0."""
-    if reduction == "none":
-        return values
-    if reduction == "sum":
-        return values.sum()
-    count = max(values.numel(), 1) if keep is None else keep.sum().clamp(min=1)
-    return values.sum() / count

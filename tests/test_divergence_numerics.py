@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from smartreg import divergences
-from smartreg._divergences import blockwise
+from smartreg._divergences import blockwise, positions
 from smartreg.divergences import BUILTIN, binary_symmetric_kl, hellinger, jensen_shannon, kl, mse, symmetric_kl
 
 BLOCKS = "symmetric_kl in blocks"
@@ -17,7 +16,7 @@ OVER_CLASSES = ["symmetric_kl", "kl", "jensen_shannon", "hellinger", BLOCKS]
 def name(request, monkeypatch):
     """The name of a divergence; `symmetric_kl` a second time in blocks so small that every test has several."""
     if request.param == BLOCKS:
-        monkeypatch.setattr(divergences, "_BLOCKWISE_FROM", 1)
+        monkeypatch.setattr(positions, "_BLOCKWISE_FROM", 1)
         monkeypatch.setattr(blockwise, "_block_elements", lambda device: 10)
         return "symmetric_kl"
     return request.param

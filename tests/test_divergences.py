@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smartreg import divergences
-from smartreg._divergences import blockwise
+from smartreg._divergences import blockwise, positions
 from smartreg.divergences import (
     BUILTIN,
     binary_symmetric_kl,
@@ -38,7 +37,7 @@ BLOCKS = "symmetric_kl in blocks"
 def name(request, monkeypatch):
     """The name of a divergence; `symmetric_kl` a second time in blocks so small that every test has several."""
     if request.param == BLOCKS:
-        monkeypatch.setattr(divergences, "_BLOCKWISE_FROM", 1)
+        monkeypatch.setattr(positions, "_BLOCKWISE_FROM", 1)
         monkeypatch.setattr(blockwise, "_block_elements", lambda device: 10)
         return "symmetric_kl"
     return request.param

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from smartreg._ascent.objective import Objective
+from smartreg._ascent.adversary import Query
 from smartreg._ascent.precision import REQUIRED_COSINE
-from smartreg._ascent.start import Masks, balls_around, starting_noise
+from smartreg._ascent.start import Masks, noise_start
 from smartreg._ascent.sweep import Sweep, ratio
 from smartreg._loss_scale import LossScale
 from smartreg._model.passes import Forward, ModelPasses
@@ -127,18 +127,17 @@ def _swept_batch(smart: SmartLoss, forward: Forward, mask: Masks) -> Sweep:
     """The clean pass of a sweep, and what the passes around it need."""
     passes = ModelPasses(smart.model, smart._attached(), forward, smart.output_to_logits, shared_dropout=True)
     clean = passes.reference()
-    fixed = tuple(tensor.detach() for tensor in clean.compared)
+    objective, balls, start = smart._begin(passes, clean, Query(smart.divergence, mask, None))
+    noise = start if smart.settings.start == "noise" else noise_start(balls, None, smart.generator)
     autocast = smart.settings.ascent_autocast
-    exact = fixed if autocast else passes.reference_without_autocast()
-    balls = balls_around(clean.embeddings, mask, smart.settings)
-    unit = starting_noise(balls, None, smart.generator)
+    exact = objective.reference if autocast else passes.reference_without_autocast()
     # Not frozen: where nothing needs a gradient some layers take another path, with other rounding.
-    penalty = Objective(passes.perturbed, fixed, smart.divergence, LossScale(), clean.dtypes)
-    frozen = partial(passes.perturbed, freeze=True, autocast=autocast)
-    ascent = Objective(frozen, exact, smart.divergence, penalty.loss_scale, clean.dtypes)
-    with passes.same_dropout(False), passes.perturbed([torch.zeros_like(nu) for nu in unit]) as outputs:
+    penalty = replace(objective, run=passes.perturbed, loss_scale=LossScale())
+    run = partial(passes.perturbed, freeze=True, autocast=autocast)
+    ascent = replace(penalty, run=run, reference=exact)
+    with passes.same_dropout(False), passes.perturbed([torch.zeros_like(nu) for nu in noise.perturbations]) as outputs:
         dropout = float(penalty.value(tuple(output.detach() for output in outputs)))
-    return Sweep(ascent, penalty, balls, unit, dropout)
+    return Sweep(ascent, penalty, balls, start, noise, dropout)
 
 
 @dataclass(frozen=True)

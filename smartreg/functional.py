@@ -6,17 +6,15 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from smartreg._ascent.objective import Objective
+from smartreg._ascent.adversary import Adversary, Query
 from smartreg._ascent.precision import PrecisionCheck
-from smartreg._ascent.search import search
-from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings
-from smartreg._ascent.start import Noise, balls_around, starting_noise, warn_if_nothing_to_follow
+from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings, Start
+from smartreg._ascent.start import Noise, refuse_inference_mode, warn_if_nothing_to_follow
 from smartreg._loss_scale import LossScale
 from smartreg._model.replay import RandomState, worth_remembering
 from smartreg._outputs import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
@@ -43,6 +41,7 @@ def smoothness_penalty(
     norm_over: NormOver = "example",
     epsilon_scale: EpsilonScale = "rms",
     ascent: Ascent = "projected",
+    start: Start = "noise",
     dropout: Dropout = "shared",
     detach_reference: bool = False,
     output_to_logits: OutputToLogits | None = None,
@@ -73,6 +72,7 @@ def smoothness_penalty(
         norm_over: What one norm is taken over.
         epsilon_scale: The unit of ε, η and σ.
         ascent: The update.
+        start: Where the ascent begins.
         dropout: Whether the passes share their masks.
         detach_reference: No gradient through the clean output.
         output_to_logits: From what `fn` returned to the tensors to compare.
@@ -121,35 +121,33 @@ def smoothness_penalty(
         norm_over=norm_over,
         epsilon_scale=epsilon_scale,
         ascent=ascent,
+        start=start,
         dropout=dropout,
         detach_reference=detach_reference,
         ascent_autocast=ascent_autocast,
     )
-    if torch.is_inference_mode_enabled() and steps:
-        raise RuntimeError(
-            "the ascent needs gradients, which torch.inference_mode forbids: use torch.no_grad, or steps=0"
-        )
+    refuse_inference_mode(settings)
     resolved = resolve_divergence(divergence)
     if noise is None:
         warn_if_nothing_to_follow(settings, resolved)
     passes = _FunctionPasses(fn, embeds, output_to_logits, shared_dropout=dropout == "shared")
     outputs = passes.clean() if reference is None else reference
-    clean = compared_tensors(outputs, output_to_logits)
-    fixed = tuple(tensor.detach() for tensor in clean)
-    balls = balls_around([embeds.detach()], mask, settings)
-    start = starting_noise(balls, noise, generator)
-    dtypes = (passes.autocast_dtype, embeds.dtype, *(tensor.dtype for tensor in clean))
-    objective = Objective(passes.perturbed, fixed, resolved, LossScale(), dtypes)
-    if reference is None:  # else rounding could not be told from the reference's own dropout masks
-        look = replace(objective, run=functools.partial(passes.perturbed, shared=True))
-        _precision_of(fn).look(look, balls, start, passes.autocast_dtype)
-    if passes.autocast_dtype is not None and not ascent_autocast:
-        exact = passes.perturbed_without_autocast
-        objective = replace(objective, run=exact, reference=passes.clean_without_autocast())
-    found = search(objective, balls, start)
-    with passes.perturbed(found.perturbations, attached=True) as perturbed:
-        penalty = divergence_of(resolved, perturbed, fixed if detach_reference else clean)
+    clean = _FunctionClean(compared_tensors(outputs, output_to_logits), [embeds.detach()], passes.autocast_dtype)
+    # With a given reference, rounding could not be told from the dropout masks that the reference was made under.
+    adversary = Adversary(settings, generator, LossScale(), _precision_of(fn) if reference is None else None)
+    found = adversary.search(passes, clean, adversary.begin(passes, clean, Query(resolved, mask, noise)))
+    fixed = tuple(tensor.detach() for tensor in clean.compared) if detach_reference else clean.compared
+    with passes.perturbed(found.perturbations) as perturbed:
+        penalty = divergence_of(resolved, perturbed, fixed)
     return SmartOutput(outputs, penalty)
+
+
+class _FunctionClean(NamedTuple):
+    """The clean pass of a function, as the search sees it."""
+
+    compared: tuple[Tensor, ...]
+    embeddings: list[Tensor]
+    autocast_dtype: torch.dtype | None
 
 
 class _FunctionPasses:
@@ -163,7 +161,8 @@ class _FunctionPasses:
         *,
         shared_dropout: bool,
     ) -> None:
-        self._fn, self._embeds, self._output_to_logits, self._shared = fn, embeds, output_to_logits, shared_dropout
+        self._fn, self._embeds, self._output_to_logits = fn, embeds, output_to_logits
+        self._shared_dropout = shared_dropout
         self._random = RandomState([embeds.device], remember_draws=shared_dropout and worth_remembering([embeds]))
         device = embeds.device.type
         self.autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -175,33 +174,40 @@ class _FunctionPasses:
 
     @contextlib.contextmanager
     def perturbed(
-        self, perturbations: Sequence[Tensor], *, attached: bool = False, shared: bool | None = None
+        self, perturbations: Sequence[Tensor], *, freeze: bool = False, autocast: bool = True
     ) -> Iterator[tuple[Tensor, ...]]:
         """A pass with perturbed embeddings; inside the block its graph may be differentiated.
 
         Args:
             perturbations: δ, in a sequence of one.
-            attached: The graph goes on behind the embeddings.
-            shared: Under the dropout masks of the clean pass; None for what the call asks for.
+            freeze: The graph ends at the embeddings.
+            autocast: False switches the user's autocast off.
         """
-        base = self._embeds if attached else self._embeds.detach()
-        with self._random.replayed() if (self._shared if shared is None else shared) else contextlib.nullcontext():
+        base = self._embeds.detach() if freeze else self._embeds
+        with contextlib.ExitStack() as stack:
+            if self._shared_dropout:
+                stack.enter_context(self._random.replayed())
+            if not autocast:
+                stack.enter_context(torch.autocast(base.device.type, enabled=False))
             perturbed = (base + perturbations[0]).to(base.dtype)
             with self._random.draws:
                 outputs = self._fn(perturbed)
             yield compared_tensors(outputs, self._output_to_logits)
 
-    @contextlib.contextmanager
-    def perturbed_without_autocast(self, perturbations: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        """The same with autocast off."""
-        with torch.autocast(self._embeds.device.type, enabled=False), self.perturbed(perturbations) as compared:
-            yield compared
-
-    def clean_without_autocast(self) -> tuple[Tensor, ...]:
-        """The tensors to compare of a clean pass with autocast off, under the dropout masks that the ascent sees."""
+    def reference_without_autocast(self) -> tuple[Tensor, ...]:
+        """The tensors to compare of a clean pass with autocast off, detached."""
         nothing = torch.zeros((), dtype=self._embeds.dtype, device=self._embeds.device)
-        with self.perturbed_without_autocast([nothing]) as compared:
+        with self.perturbed([nothing], freeze=True, autocast=False) as compared:
             return tuple(tensor.detach() for tensor in compared)
+
+    @contextlib.contextmanager
+    def same_dropout(self) -> Iterator[None]:
+        """In this block every pass sees the dropout masks of the clean one, whatever the setting says."""
+        before, self._shared_dropout = self._shared_dropout, True
+        try:
+            yield
+        finally:
+            self._shared_dropout = before
 
 
 def _precision_of(fn: Callable[[Tensor], Any]) -> PrecisionCheck:

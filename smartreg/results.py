@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-_NAMES = ("penalty", "start_divergence", "ascent_gain", "max_perturbation", "bad_examples")
+_NAMES = ("penalty", "start_divergence", "ascent_gain", "max_perturbation", "bad_examples", "radius_used")
 
 
 class SmartOutput(NamedTuple):
@@ -29,7 +29,7 @@ class SmartStats:
 
     Example:
         >>> import torch
-        >>> stats = SmartStats(torch.tensor(0.5), torch.tensor(0.25), torch.tensor(0.125), torch.tensor(0))
+        >>> stats = SmartStats(*map(torch.tensor, (0.5, 0.25, 0.125, 0, 1.0)))
         >>> dict(stats)["ascent_gain"]
         2.0
     """
@@ -38,6 +38,7 @@ class SmartStats:
     _start_divergence: Tensor
     _max_perturbation: Tensor
     _bad_examples: Tensor
+    _radius_used: Tensor
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name}={self[name]:.4g}" for name in self.keys())  # not a dict
@@ -68,6 +69,11 @@ class SmartStats:
     def bad_examples(self) -> int:
         """How many examples met an ascent gradient that was not finite, or zero, and kept their perturbation."""
         return int(self._bad_examples)
+
+    @property
+    def radius_used(self) -> float:
+        """How much of the ball was used: the mean of ‖δ‖ / ε, over examples or tokens as `norm_over` says."""
+        return float(self._radius_used)
 
     def __getitem__(self, name: str) -> float:
         if name not in _NAMES:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from smartreg._ascent.objective import Objective
+from smartreg._ascent.adversary import Adversary, Position, Query
 from smartreg._ascent.precision import PrecisionCheck
-from smartreg._ascent.search import Found, search
-from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings
-from smartreg._ascent.start import Masks, Noise, balls_around, starting_noise, warn_if_nothing_to_follow
+from smartreg._ascent.search import Found
+from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings, Start
+from smartreg._ascent.start import Masks, Noise, refuse_inference_mode, warn_if_nothing_to_follow
 from smartreg._loss_scale import LossScale
 from smartreg._model.embedding import EmbeddingTap, input_embeddings
 from smartreg._model.passes import CleanPass, Forward, ModelPasses
@@ -108,6 +106,7 @@ class SmartLoss(nn.Module):
         norm_over: NormOver = "example",
         epsilon_scale: EpsilonScale = "rms",
         ascent: Ascent = "projected",
+        start: Start = "noise",
         dropout: Dropout = "shared",
         detach_reference: bool = False,
         memory_efficient: bool = False,
@@ -132,6 +131,7 @@ class SmartLoss(nn.Module):
             norm_over=norm_over,
             epsilon_scale=epsilon_scale,
             ascent=ascent,
+            start=start,
             dropout=dropout,
             detach_reference=detach_reference,
             ascent_autocast=ascent_autocast,
@@ -204,10 +204,7 @@ class SmartLoss(nn.Module):
         tap = self._attached()
         if tap.removed:
             raise RuntimeError("this SmartLoss was removed from its model: make a new one")
-        if torch.is_inference_mode_enabled() and self.settings.steps:
-            raise RuntimeError(
-                "the ascent needs gradients, which torch.inference_mode forbids: use torch.no_grad, or steps=0"
-            )
+        refuse_inference_mode(self.settings)
         resolved = self.divergence if divergence is None else resolve_divergence(divergence)
         if noise is None and not self._warned_no_gradient:
             self._warned_no_gradient = warn_if_nothing_to_follow(self.settings, resolved)
@@ -219,8 +216,9 @@ class SmartLoss(nn.Module):
             shared_dropout=self.settings.dropout == "shared",
             remember_draws=self._remember_draws,
         )
-        call = _Call(passes, resolved, mask, noise)
-        return self._efficient(call) if self.memory_efficient and torch.is_grad_enabled() else self._standard(call)
+        query = Query(resolved, mask, noise)
+        run = self._efficient if self.memory_efficient and torch.is_grad_enabled() else self._standard
+        return run(passes, query)
 
     def extra_repr(self) -> str:
         """What printing shows."""
@@ -230,58 +228,60 @@ class SmartLoss(nn.Module):
             f"memory_efficient={self.memory_efficient}"
         )
 
-    def _standard(self, call: _Call) -> SmartOutput:
+    def _standard(self, passes: ModelPasses, query: Query) -> SmartOutput:
         """Clean graph and perturbed graph live side by side until the user's backward."""
         detached = self.settings.detach_reference
         # The table's dense gradient is made once where both graphs start from one look-up. With a detached reference
         # the graphs have nothing in common, and each may have a backward of its own.
-        clean = call.passes.clean(attached=not detached)
-        found = self._search(call, clean)
+        share_lookups = self.settings.dropout == "shared" and not detached
+        clean = passes.clean(attached=share_lookups or self._starts_from_clean_graph(passes))
+        found = self._adversary.search(passes, clean, self._begin(passes, clean, query))
         reference = tuple(tensor.detach() for tensor in clean.compared) if detached else clean.compared
-        with call.passes.perturbed(found.perturbations, bases=clean.embeddings_with_graph) as perturbed:
-            penalty = divergence_of(call.divergence, perturbed, reference)
+        bases = clean.embeddings_with_graph if share_lookups else None
+        with passes.perturbed(found.perturbations, bases=bases) as perturbed:
+            penalty = divergence_of(query.divergence, perturbed, reference)
         self._record(found, penalty)
         return SmartOutput(clean.outputs, penalty)
 
-    def _efficient(self, call: _Call) -> SmartOutput:
+    def _efficient(self, passes: ModelPasses, query: Query) -> SmartOutput:
         """One graph at a time: the perturbed pass is differentiated before the clean graph is built."""
         detached = self.settings.detach_reference
-        first = call.passes.reference()
-        found = self._search(call, first)
+        first = passes.reference(attached=self._starts_from_clean_graph(passes))
+        begin = self._begin(passes, first, query)
+        first = first.as_leaves()  # its graph, if it had one, has served
+        found = self._adversary.search(passes, first, begin)
         reference = tuple(tensor.detach() for tensor in first.compared) if detached else first.compared
         mark = graph_mark()
         # With a detached reference the penalty stays apart from the clean graph, as in the standard mode.
-        leaves = None if detached else call.passes.embeddings_as_leaves()
-        with call.passes.perturbed(found.perturbations, bases=leaves) as perturbed:
-            value = divergence_of(call.divergence, perturbed, reference)
-            scale = self._loss_scale.get(value.device, *first.dtypes, *(tensor.dtype for tensor in perturbed))
+        leaves = None if detached else passes.embeddings_as_leaves()
+        with passes.perturbed(found.perturbations, bases=leaves) as perturbed:
+            value = divergence_of(query.divergence, perturbed, reference)
+            scale = self._loss_scale.get(value.device, *begin.objective.dtypes, *(p.dtype for p in perturbed))
             stored = StoredGradients.of(value, (*reference, *(leaves or ())), mark, scale)
         self._loss_scale.lower_on_overflow(scale, stored.all())
         self._record(found, stored.value)
         attached = leaves is not None
-        del perturbed, value, found, leaves, reference, first  # the graph is freed, nothing of it need outlive it
-        clean = call.passes.clean_again(attached=attached)
+        del perturbed, value, begin, found, leaves, reference, first  # nothing of the freed graph need outlive it
+        clean = passes.clean_again(attached=attached)
         return SmartOutput(clean.outputs, stored.attach((*clean.compared, *clean.record.graphs)))
 
-    def _search(self, call: _Call, clean: CleanPass) -> Found:
-        """The perturbation of each look-up: Algorithm 1 on the objective of this batch."""
+    def _starts_from_clean_graph(self, passes: ModelPasses) -> bool:
+        wanted = self.settings.start == "gradient" and self.settings.epsilon > 0 and torch.is_grad_enabled()
+        return wanted and passes.may_differentiate()
+
+    def _begin(self, passes: ModelPasses, clean: CleanPass, query: Query) -> Position:
         self._remember_draws = worth_remembering(clean.embeddings)
-        balls = balls_around(clean.embeddings, call.mask, self.settings)
-        start = starting_noise(balls, call.noise, self.generator)
-        autocast_dtype, run = clean.record.autocast_dtype, partial(call.passes.perturbed, freeze=True)
-        fixed = tuple(tensor.detach() for tensor in clean.compared)
-        objective = Objective(run, fixed, call.divergence, self._loss_scale, clean.dtypes)
-        with call.passes.same_dropout():
-            self._precision.look(objective, balls, start, autocast_dtype)
-        if autocast_dtype is not None and not self.settings.ascent_autocast:
-            exact = call.passes.reference_without_autocast()
-            objective = replace(objective, run=partial(run, autocast=False), reference=exact)
-        return search(objective, balls, start)
+        graph = clean.graph if self._starts_from_clean_graph(passes) else None
+        return self._adversary.begin(passes, clean, query, graph)
+
+    @property
+    def _adversary(self) -> Adversary:
+        return Adversary(self.settings, self.generator, self._loss_scale, self._precision)
 
     def _record(self, found: Found, penalty: Tensor) -> None:
         penalty = penalty.detach()
         start = penalty if found.start_divergence is None else found.start_divergence
-        self.stats = SmartStats(penalty, start, found.largest(), found.bad_examples)
+        self.stats = SmartStats(penalty, start, found.largest(), found.bad_examples, found.radius_used)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -299,12 +299,3 @@ class SmartLoss(nn.Module):
         if self._tap is None:
             self._tap = EmbeddingTap(input_embeddings(unwrapped(self.model), self._embedding))
         return self._tap
-
-
-class _Call(NamedTuple):
-    """What one call was given."""
-
-    passes: ModelPasses
-    divergence: Divergence
-    mask: Masks
-    noise: Noise

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, smoothness_penalty
+from smartreg._ascent.rules import step
 from smartreg._ascent.settings import SmartSettings
-from smartreg._ascent.start import balls_around, starting_noise
+from smartreg._ascent.start import balls_around, noise_start
 
 HALF = [torch.bfloat16, torch.float16]
 IDS = models.sentences()
@@ -38,14 +39,15 @@ def test_noise_scale_and_steps_are_in_float32(dtype: torch.dtype) -> None:
         norm_over="example",
         epsilon_scale="rms",
         ascent="projected",
+        start="noise",
         dropout="shared",
         detach_reference=False,
         ascent_autocast=True,
     )
     embeddings = torch.full((2, 3, 4), 0.1, dtype=dtype)
     (ball,) = balls_around([embeddings], None, settings)
-    (noise,) = starting_noise([ball], None, None)
-    moved, _ = ball.step(noise, torch.full_like(embeddings, 6e-5))  # squares of it are 0 in float16
+    (noise,) = noise_start([ball], None, None).perturbations
+    moved, _ = step(ball, noise, torch.full_like(embeddings, 6e-5))  # squares of it are 0 in float16
     assert {ball.entry_scale.dtype, ball.norm_scale.dtype, noise.dtype, moved.dtype} == {torch.float32}
     length = moved.flatten(1).norm(dim=1)
     assert torch.all(length <= 0.15 * 0.1001 * 12**0.5)

@@ -90,6 +90,7 @@ def test_defaults() -> None:
         "norm_over": "example",
         "epsilon_scale": "rms",
         "ascent": "projected",
+        "start": "noise",
         "dropout": "shared",
         "detach_reference": False,
         "memory_efficient": False,

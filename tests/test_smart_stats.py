@@ -37,8 +37,12 @@ def test_numbers_of_the_last_call(memory_efficient: bool) -> None:
     assert stats.ascent_gain == stats.penalty / stats.start_divergence > 1
     assert stats.max_perturbation == pytest.approx(passes[2][0].abs().max().item(), rel=1e-9)
     assert stats.bad_examples == 0
-    assert [type(value) for value in dict(stats).values()] == [float, float, float, float, int]
-    assert list(dict(stats)) == ["penalty", "start_divergence", "ascent_gain", "max_perturbation", "bad_examples"]
+    rms = (model.embedding(IDS).square() * MASK.unsqueeze(-1)).sum((1, 2)).div(MASK.sum(1) * 4).sqrt()
+    used = passes[2][0].abs().amax((1, 2)) / (0.15 * rms)
+    assert stats.radius_used == pytest.approx(used.mean().item(), rel=1e-9)
+    assert [type(value) for value in dict(stats).values()] == [float, float, float, float, int, float]
+    names = ["penalty", "start_divergence", "ascent_gain", "max_perturbation", "bad_examples", "radius_used"]
+    assert list(dict(stats)) == names
     assert stats["penalty"] == stats.penalty
     with pytest.raises(KeyError, match="loss"):
         stats["loss"]
@@ -71,7 +75,7 @@ def test_stats_hold_no_graph(memory_efficient: bool) -> None:
     smart = SmartLoss(build(), memory_efficient=memory_efficient)
     smart(lambda m: m(IDS))
     held = [value for value in vars(smart.stats).values() if isinstance(value, Tensor)]
-    assert len(held) == 4
+    assert len(held) == 5
     assert not any(value.requires_grad for value in held)
 
 

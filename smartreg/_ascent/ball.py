@@ -1,4 +1,4 @@
-r"""The geometry of one embedding look-up: radius, noise, projection and ascent step of Algorithm 1.
+r"""The geometry of one embedding look-up: its units, noise, projection, and what is steepest in it.
 
 Pure functions of tensors. Shapes throughout: an embedding output is (batch, ..., feature), usually
 (batch, sequence, feature); its first dimension is the example, its last the feature. Everything is computed in float32
@@ -62,42 +62,36 @@ class Ball:
         return values if self.mask is None else torch.where(self.mask, values, values.new_zeros(()))
 
     def project(self, perturbation: Tensor) -> Tensor:
-        r"""\(\Pi_\epsilon\) of the perturbation; the packages' rule (`"normalized"`) has no projection."""
+        r"""\(\Pi_\epsilon\) of the perturbation; the packages' rule (`"normalized"`) has none."""
         if self.settings.ascent == "normalized":
             return perturbation
         return project(perturbation, self.settings.epsilon * self.norm_scale, self.settings.norm, self.dims)
 
-    def step(self, perturbation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        r"""One ascent step.
+    def steepest(self, gradient: Tensor) -> Tensor:
+        r"""The s that maximises \(\langle g, s \rangle\) over \(\|s\|_p \le 1\): the sign for ∞, g / ‖g‖ for 2."""
+        return gradient.sign() if self.settings.norm == "inf" else normalize(gradient, "2", self.dims)
 
-        \[ \tilde g_i = g_i / \|g_i\|_p, \qquad \delta_i \leftarrow \Pi_{\epsilon}(\delta_i + \eta \tilde g_i) \]
-
-        or, in the mode that the earlier packages use, \(\delta_i \leftarrow s_i / (\|s_i\|_p + \epsilon)\) with
-        \(s_i = \delta_i + \eta g_i\). An example whose gradient is not finite, or zero, keeps its perturbation.
-
-        Args:
-            perturbation: δ, (batch, ..., feature).
-            gradient: G, same shape; padding is dropped before the norm is taken.
+    def usable(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Which examples have a gradient to follow: one that is finite, and not zero.
 
         Returns:
-            The new δ, and a bool tensor (batch,) that marks the examples without a usable gradient (an example that is
-            all padding has nothing to perturb and is not marked).
+            Bools (batch, 1, ..., 1), and their opposite (batch,), in which an example that is all padding is not
+            marked: it has nothing to perturb.
         """
-        gradient = self.hide_padding(gradient.to(perturbation.dtype))
-        flat = tuple(range(1, gradient.ndim))
-        largest = vector_norm(gradient, "inf", flat)  # NaN where any entry is NaN, inf where any is inf
+        gradient = self.hide_padding(gradient)
+        largest = vector_norm(gradient, "inf", tuple(range(1, gradient.ndim)))  # NaN and inf come through
         usable = torch.isfinite(largest) & (largest > 0)  # (batch, 1, ..., 1)
-        direction = torch.where(usable, gradient, gradient.new_zeros(()))
-        if self.settings.ascent == "projected":
-            step = normalize(direction, self.settings.norm, self.dims)
-            moved = self.project(perturbation + self.settings.step_size * self.norm_scale * step)
-        else:
-            stepped = perturbation + self.settings.step_size * self.norm_scale * direction
-            size = vector_norm(stepped, self.settings.norm, self.dims)
-            moved = stepped / (size + self.settings.epsilon * self.norm_scale).clamp_min(torch.finfo(size.dtype).tiny)
-            moved = torch.where(usable, moved, perturbation)
         unusable = ~usable.flatten()
-        return moved, unusable if self.mask is None else unusable & self.mask.flatten(1).any(dim=1)
+        return usable, unusable if self.mask is None else unusable & self.mask.flatten(1).any(dim=1)
+
+    def share_of_radius(self, perturbation: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of ‖δ‖ / ε over the norms of all examples, and how many of them there are."""
+        radius = self.settings.epsilon * self.norm_scale
+        size = vector_norm(perturbation, self.settings.norm, self.dims)
+        real = radius.expand_as(size) > 0
+        if self.mask is not None:
+            real = real & self.mask.any(self.dims, keepdim=True)
+        return torch.where(real, size / torch.where(real, radius, 1.0), 0.0).sum(), real.sum()
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,6 +16,9 @@ from smartreg.divergences import Divergence
 RunPass = Callable[[Sequence[Tensor]], AbstractContextManager[tuple[Tensor, ...]]]
 """Runs f with one perturbation for each look-up of the embedding; its graph may be differentiated inside the block."""
 
+Graph = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""The tensors to compare of a pass, and the embeddings that they come from, both with their graph."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -23,9 +26,9 @@ class Objective:
 
     Attributes:
         run: Runs f with perturbations.
-        reference: F(x), the tensors to compare, detached.
+        reference: f(x), the tensors to compare, detached.
         divergence: ℓ.
-        loss_scale: What ℓ is multiplied by before it is differentiated in float16.
+        loss_scale: What is multiplied by before it is differentiated in float16.
         dtypes: What the passes work in, as far as it shows; None stands for "no autocast".
     """
 
@@ -52,20 +55,48 @@ class Objective:
         variables = [delta.detach().requires_grad_() for delta in deltas]
         with torch.enable_grad(), self.run(variables) as outputs:
             value = self.value(outputs)
-            scale = self.loss_scale.get(value.device, *self.dtypes)
-            found = gradients_or_none(scaled(value, scale), variables)
-        if adjust_scale and found is not None:
-            self.loss_scale.lower_on_overflow(scale, found)
-        if found is not None and scale is not None:
-            found = [gradient / scale.to(gradient.device) for gradient in found]
-        return value.detach(), found
+            gradients = self._differentiate(value, variables, adjust_scale=adjust_scale)
+        return value.detach(), gradients
+
+    def pullback(
+        self, cotangents: Sequence[Tensor], variables: Sequence[Tensor], graph: Graph | None = None
+    ) -> list[Tensor] | None:
+        r"""\(J^\top u\) for each look-up: the gradient of \(\sum_k \langle u_k, f_k(x + \delta) \rangle\) at δ = 0.
+
+        Args:
+            cotangents: u_k, of the shapes of the tensors to compare.
+            variables: δ = 0 for each look-up.
+            graph: A clean pass that is there already, whose backward is all that it takes, and which stays; None runs
+                one.
+
+        Returns:
+            Gradients, not finite after an overflow in float16; None if the outputs depend on no look-up.
+        """
+        if graph is not None:
+            outputs, embeddings = graph
+            value = _inner_product(cotangents, outputs)
+            return self._differentiate(value, embeddings, adjust_scale=True, keep_graph=True)
+        variables = [variable.detach().requires_grad_() for variable in variables]
+        with torch.enable_grad(), self.run(variables) as perturbed:
+            return self._differentiate(_inner_product(cotangents, perturbed), variables, adjust_scale=True)
+
+    def _differentiate(
+        self, value: Tensor, variables: Sequence[Tensor], *, adjust_scale: bool, keep_graph: bool = False
+    ) -> list[Tensor] | None:
+        scale = self.loss_scale.get(value.device, *self.dtypes)
+        if not value.requires_grad:
+            return None
+        found = torch.autograd.grad(scaled(value, scale), variables, retain_graph=keep_graph, allow_unused=True)
+        if all(gradient is None for gradient in found):
+            return None
+        gradients = [torch.zeros_like(v) if g is None else g for v, g in zip(variables, found, strict=True)]
+        if scale is None:
+            return gradients
+        if adjust_scale:
+            self.loss_scale.lower_on_overflow(scale, gradients)
+        return [gradient / scale.to(gradient.device) for gradient in gradients]
 
 
-def gradients_or_none(value: Tensor, variables: Sequence[Tensor]) -> list[Tensor] | None:
-    """Gradients of a scalar, zero for a variable that it does not depend on; None if it depends on none."""
-    if not value.requires_grad:
-        return None
-    found = torch.autograd.grad(value, variables, allow_unused=True)
-    if all(gradient is None for gradient in found):
-        return None
-    return [torch.zeros_like(v) if g is None else g for v, g in zip(variables, found, strict=True)]
+def _inner_product(cotangents: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
+    products = [(u * f.to(u.dtype)).sum().to(outputs[0].device) for u, f in zip(cotangents, outputs, strict=True)]
+    return torch.stack(products).sum()

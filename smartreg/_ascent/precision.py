@@ -51,7 +51,7 @@ class PrecisionCheck:
         Args:
             objective: Of the pass that makes the penalty, under the dropout masks of the clean pass.
             balls: The ball of each look-up.
-            start: ν of each look-up.
+            start: The first δ of each look-up.
             autocast: What autocast makes of float32, None where it is off.
         """
         settings, embeddings = balls[0].settings, balls[0].embeddings
@@ -62,8 +62,10 @@ class PrecisionCheck:
         fine = resolution(embeddings.device, [embeddings.dtype])
         coarse = resolution(embeddings.device, objective.dtypes)
         ascent = coarse if settings.ascent_autocast else fine
-        asked = {"noise_std": (_noise_size(balls, start), ascent if settings.steps else coarse)}
-        if settings.ascent == "projected":
+        asked = {}
+        if settings.start == "noise":
+            asked["noise_std"] = (_noise_size(balls, start), ascent if settings.steps else coarse)
+        if settings.ascent != "normalized":
             asked["epsilon"] = (_epsilon_size(balls), coarse)
         doubtful = {name: size for name, (size, limit) in asked.items() if 0 < size < _SAFE * limit}
         directions = [direction_of(ball, noise) for ball, noise in zip(balls, start, strict=True)]

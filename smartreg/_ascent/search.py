@@ -10,6 +10,8 @@ from torch import Tensor
 
 from smartreg._ascent.ball import Ball
 from smartreg._ascent.objective import Objective
+from smartreg._ascent.rules import step
+from smartreg._ascent.start import INDEPENDENT, Start
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,14 @@ class Found:
     Attributes:
         perturbations: δ of each look-up, detached.
         start_divergence: ℓ at the start; None if no step was taken.
-        bad_examples: How many examples lacked a usable gradient in any step.
+        bad_examples: How many examples lacked a usable gradient at the start or in any step.
+        radius_used: The mean of ‖δ‖ / ε over examples (or tokens).
     """
 
     perturbations: list[Tensor]
     start_divergence: Tensor | None
     bad_examples: Tensor
+    radius_used: Tensor
 
     def largest(self) -> Tensor:
         """The largest absolute entry of any perturbation."""
@@ -32,36 +36,38 @@ class Found:
         return torch.stack([size.to(sizes[0].device) for size in sizes]).amax()
 
 
-def search(objective: Objective, balls: Sequence[Ball], start: Sequence[Tensor]) -> Found:
+def search(objective: Objective, balls: Sequence[Ball], start: Start) -> Found:
     r"""Follow \(\nabla_\delta \, \ell(f(x + \delta), f(x))\) for `steps` steps, each of which ends in the ball.
 
     Args:
         objective: δ ↦ ℓ(f(x + δ), f(x)).
         balls: The ball of each look-up.
-        start: The first δ of each look-up; it need not lie in the ball.
+        start: Where to begin; it need not lie in the ball.
 
     Raises:
         RuntimeError: The output depends on no perturbation.
     """
     settings = balls[0].settings
     steps = settings.steps if settings.epsilon > 0 or settings.ascent == "normalized" else 0
-    perturbations = [delta.detach() for delta in start]
+    perturbations, bad = [delta.detach() for delta in start.perturbations], list(start.unusable)
     start_divergence: Tensor | None = None
-    bad = [torch.zeros(len(delta), dtype=torch.bool, device=delta.device) for delta in perturbations]
     for _ in range(steps):
         value, gradients = objective.gradient(perturbations, adjust_scale=True)
         if gradients is None:
-            raise RuntimeError(
-                "the output does not depend on the embeddings, so no perturbation can reach it: check that forward "
-                "uses the module that it is given, does not detach, and that embedding names the right module"
-            )
+            raise RuntimeError(INDEPENDENT)
         start_divergence = value if start_divergence is None else start_divergence
         for index, (ball, gradient) in enumerate(zip(balls, gradients, strict=True)):
-            perturbations[index], unusable = ball.step(perturbations[index], gradient)
+            perturbations[index], unusable = step(ball, perturbations[index], gradient)
             bad[index] = bad[index] | unusable
     if steps == 0:
         perturbations = [ball.project(delta) for ball, delta in zip(balls, perturbations, strict=True)]
-    return Found(perturbations, start_divergence, _count(bad))
+    return Found(perturbations, start_divergence, _count(bad), _radius_used(balls, perturbations))
+
+
+def _radius_used(balls: Sequence[Ball], perturbations: Sequence[Tensor]) -> Tensor:
+    parts = [ball.share_of_radius(delta) for ball, delta in zip(balls, perturbations, strict=True)]
+    shares, counts = (torch.stack([part[k].to(parts[0][0].device) for part in parts]).sum() for k in (0, 1))
+    return shares / counts.clamp_min(1)
 
 
 def _count(bad: Sequence[Tensor]) -> Tensor:

@@ -9,14 +9,16 @@ from typing_extensions import Self
 Norm = Literal["inf", "2"]
 NormOver = Literal["example", "token"]
 EpsilonScale = Literal["rms", "absolute"]
-Ascent = Literal["projected", "normalized"]
+Ascent = Literal["projected", "steepest", "normalized"]
+Start = Literal["noise", "gradient"]
 Dropout = Literal["shared", "independent"]
 
 _NORMS: dict[object, Norm] = {"inf": "inf", math.inf: "inf", "2": "2", 2: "2"}
 _CHOICES = {
     "norm_over": ("example", "token"),
     "epsilon_scale": ("rms", "absolute"),
-    "ascent": ("projected", "normalized"),
+    "ascent": ("projected", "steepest", "normalized"),
+    "start": ("noise", "gradient"),
     "dropout": ("shared", "independent"),
 }
 
@@ -37,6 +39,7 @@ class SmartSettings:
     norm_over: NormOver
     epsilon_scale: EpsilonScale
     ascent: Ascent
+    start: Start
     dropout: Dropout
     detach_reference: bool
     ascent_autocast: bool

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from smartreg._ascent.ball import Ball
+from smartreg._ascent.ball import Ball, wide_dtype
 from smartreg._ascent.settings import SmartSettings
 from smartreg._warnings import warn
-from smartreg.divergences import Divergence, is_builtin
+from smartreg.divergences import Divergence, Kind, is_builtin
+
+INDEPENDENT = (
+    "the output does not depend on the embeddings, so no perturbation can reach it: check that forward uses the module "
+    "that it is given, does not detach, and that embedding names the right module"
+)
 
 Masks = Tensor | Sequence[Tensor | None] | None
 Noise = Tensor | Sequence[Tensor] | Callable[[Tensor], Tensor] | None
@@ -39,7 +45,14 @@ def balls_around(embeddings: Sequence[Tensor], mask: Masks, settings: SmartSetti
     return [Ball.around(e, one, settings) for e, one in zip(embeddings, masks, strict=True)]
 
 
-def starting_noise(balls: Sequence[Ball], noise: Noise, generator: torch.Generator | None) -> list[Tensor]:
+class Start(NamedTuple):
+    """The first perturbation of each look-up, and (batch,) bools that mark examples without a usable gradient there."""
+
+    perturbations: list[Tensor]
+    unusable: list[Tensor]
+
+
+def noise_start(balls: Sequence[Ball], noise: Noise, generator: torch.Generator | None) -> Start:
     """ν of each look-up: drawn, or what the caller gave.
 
     Raises:
@@ -47,33 +60,106 @@ def starting_noise(balls: Sequence[Ball], noise: Noise, generator: torch.Generat
         ValueError: It does not have the number or the shapes of the look-ups.
     """
     if noise is None:
-        return [ball.noise(generator) for ball in balls]
-    if callable(noise):
-        given: list[Tensor] = [noise(ball.embeddings) for ball in balls]
+        drawn = [ball.noise(generator) for ball in balls]
     else:
-        given = [noise] if isinstance(noise, Tensor) else list(noise)
-    if len(given) != len(balls):
-        raise ValueError(
-            f"noise must be one tensor for each embedding look-up, in order: expected {len(balls)}, got {len(given)}"
-        )
-    start = []
-    for ball, one in zip(balls, given, strict=True):
+        given = _given(noise, [b.embeddings for b in balls], each="embedding look-up", shape_of="the embeddings")
+        pairs = zip(balls, given, strict=True)
+        drawn = [ball.hide_padding(one.to(ball.embeddings.device, ball.norm_scale.dtype)) for ball, one in pairs]
+    return Start(drawn, [torch.zeros(len(nu), dtype=torch.bool, device=nu.device) for nu in drawn])
+
+
+def gradient_start(balls: Sequence[Ball], gradients: Sequence[Tensor] | None) -> Start:
+    r"""The start on the sphere of radius ε, as far along \(J^\top u\) as the norm allows.
+
+    Args:
+        balls: The ball of each look-up.
+        gradients: \(J^\top u\) for each look-up, from `pullback`. An example without a usable one starts at 0.
+
+    Raises:
+        RuntimeError: The output depends on no embedding.
+    """
+    if gradients is None:
+        raise RuntimeError(INDEPENDENT)
+    starts, marks = [], []
+    for ball, gradient in zip(balls, gradients, strict=True):
+        usable, unusable = ball.usable(gradient)
+        gradient = torch.where(usable, ball.hide_padding(gradient.to(ball.norm_scale.dtype)), 0.0)
+        starts.append(ball.settings.epsilon * ball.norm_scale * ball.steepest(gradient))
+        marks.append(unusable)
+    return Start(starts, marks)
+
+
+def cotangents(
+    compared: Sequence[Tensor], kind: Kind | None, noise: Noise, generator: torch.Generator | None
+) -> list[Tensor]:
+    r"""u for each tensor to compare: random, with the curvature S of the divergence at equality as covariance.
+
+    Near the clean point \(\ell(f(x + \delta), f(x)) \propto \delta^\top J^\top S J \delta\), and \(J^\top u\) points
+    where the output moves in directions that the divergence sees. With ξ ~ N(0, I):
+
+    * softmax, \(S = \mathrm{diag}(p) - p p^\top\): \(u = \sqrt p \odot \xi - p \, \langle \sqrt p, \xi \rangle\);
+    * Bernoulli, \(S = p (1 - p)\): \(u = \sqrt{p (1 - p)} \, \xi\);
+    * values, and whatever a divergence of the user's own compares, S = I: u = ξ.
+
+    Args:
+        compared: The tensors to compare, detached; softmax outputs are (..., classes).
+        kind: What the divergence compares; None for one of the user's own.
+        noise: u itself, or a function from a tensor to compare to it; None draws it.
+        generator: Draws ξ.
+
+    Returns:
+        Tensors of the shapes of `compared`, in float32 at least.
+    """
+    if noise is not None:
+        given = _given(noise, compared, each="tensor to compare", shape_of='the outputs (start="gradient")')
+        return [one.to(f.device, wide_dtype(f.dtype)) for f, one in zip(compared, given, strict=True)]
+    drawn = []
+    for f in compared:
+        f = f.detach().to(wide_dtype(f.dtype))
+        source = f.device if generator is None else generator.device
+        xi = torch.randn(f.shape, generator=generator, dtype=f.dtype, device=source).to(f.device)
+        if kind == "softmax":
+            p = f.softmax(-1)
+            drawn.append(p.sqrt() * xi - p * (p.sqrt() * xi).sum(-1, keepdim=True))
+        elif kind == "bernoulli":
+            drawn.append((f.sigmoid() * (-f).sigmoid()).sqrt() * xi)
+        else:
+            drawn.append(xi)
+    return drawn
+
+
+def _given(noise: Noise, like: Sequence[Tensor], *, each: str, shape_of: str) -> list[Tensor]:
+    """Tensors that the user gave, or whose function the user gave, each of the shape of its counterpart in `like`."""
+    if callable(noise):
+        given: list[Any] = [noise(one) for one in like]
+    else:
+        given = [noise] if isinstance(noise, Tensor) else list(noise or ())
+    if len(given) != len(like):
+        raise ValueError(f"noise must be one tensor for each {each}, in order: expected {len(like)}, got {len(given)}")
+    for tensor, one in zip(like, given, strict=True):
         if not isinstance(one, Tensor):
-            raise TypeError(f"noise must be a tensor for each embedding look-up, got {type(one).__name__}")
-        if one.shape != ball.embeddings.shape:
-            raise ValueError(
-                f"noise must have the shape of the embeddings, {tuple(ball.embeddings.shape)}, got {tuple(one.shape)}"
-            )
-        start.append(ball.hide_padding(one.detach().to(ball.embeddings.device, ball.norm_scale.dtype)))
-    return start
+            raise TypeError(f"noise must be a tensor for each {each}, got {type(one).__name__}")
+        if one.shape != tensor.shape:
+            raise ValueError(f"noise must have the shape of {shape_of}, {tuple(tensor.shape)}, got {tuple(one.shape)}")
+    return [one.detach() for one in given]
+
+
+def refuse_inference_mode(settings: SmartSettings) -> None:
+    """Raises a `RuntimeError` where the search needs gradients that cannot be had."""
+    if torch.is_inference_mode_enabled() and (settings.steps or settings.start == "gradient"):
+        raise RuntimeError(
+            "the search needs gradients, which torch.inference_mode forbids: use torch.no_grad, or steps=0 with "
+            'start="noise"'
+        )
 
 
 def warn_if_nothing_to_follow(settings: SmartSettings, divergence: Divergence) -> bool:
     """Whether an ascent without given noise starts where the divergence is flat; if so, with a `SmartWarning`."""
-    doomed = settings.steps > 0 and settings.epsilon > 0 and settings.noise_std == 0 and is_builtin(divergence)
+    flat = settings.start == "noise" and settings.noise_std == 0 and is_builtin(divergence)
+    doomed = settings.steps > 0 and settings.epsilon > 0 and flat
     if doomed:
         warn(
             f"steps={settings.steps} with noise_std=0 has no gradient to follow: a divergence is flat at the clean "
-            f"point. Set noise_std above 0, pass noise=, or set steps=0"
+            f'point. Set noise_std above 0, pass noise=, set steps=0, or start="gradient"'
         )
     return doomed

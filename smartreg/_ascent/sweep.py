@@ -13,6 +13,7 @@ from smartreg._ascent.ball import Ball
 from smartreg._ascent.objective import Objective
 from smartreg._ascent.precision import agreement, cosine_from
 from smartreg._ascent.search import search
+from smartreg._ascent.start import Start
 from smartreg.divergences import Divergence, kind_of
 
 
@@ -36,22 +37,25 @@ class Sweep:
         ascent: The objective that is differentiated, without autocast if the settings say so.
         penalty: The objective of the pass that makes the penalty.
         balls: The ball of each look-up; the ε in their settings is not used.
-        unit: A starting noise for ε = 1.
+        start: Where the search begins for ε = 1; it is proportional to ε.
+        noise: A starting noise for σ = 1.
         dropout: D, the divergence of two clean passes under different dropout masks.
     """
 
     ascent: Objective
     penalty: Objective
     balls: Sequence[Ball]
-    unit: Sequence[Tensor]
+    start: Start
+    noise: Start
     dropout: float
 
     def row(self, size: float) -> Row:
         """Everything that is measured at ε = η = σ = `size`."""
         settings = replace(self.balls[0].settings, epsilon=size, step_size=size, noise_std=size)
         balls = [replace(ball, settings=settings) for ball in self.balls]
-        noise = [size * nu for nu in self.unit]
-        found = search(self.ascent, balls, noise)
+        noise = [size * nu for nu in self.noise.perturbations]
+        start = self.start._replace(perturbations=[size * delta for delta in self.start.perturbations])
+        found = search(self.ascent, balls, start)
         agreed = agreement(self.ascent, balls, noise)
         plus = self._outputs(found.perturbations)
         minus = self._outputs([-delta for delta in found.perturbations])

@@ -45,13 +45,23 @@ class CleanPass:
         return tuple(self.record.graphs) if complete else None
 
     @property
-    def dtypes(self) -> tuple[torch.dtype | None, ...]:
-        """The dtypes that the model works in, as far as they show; None where autocast is off."""
-        return (
-            self.record.autocast_dtype,
-            *(embedded.dtype for embedded in self.embeddings),
-            *(tensor.dtype for tensor in self.compared),
-        )
+    def graph(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """The tensors to compare and the embeddings that they come from; None where no graph goes that far."""
+        embeddings = self.embeddings_with_graph
+        if embeddings is None or not all(embedded.requires_grad for embedded in embeddings):  # frozen, for example
+            return None
+        return self.compared, embeddings
+
+    def as_leaves(self) -> CleanPass:
+        """The values alone: the tensors to compare as leaves, and no graph behind them."""
+        self.record.graphs.clear()
+        leaves = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.compared)
+        return CleanPass(None, leaves, self.record)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What autocast made of float32 at the embedding; None where it is off."""
+        return self.record.autocast_dtype
 
 
 class ModelPasses:
@@ -91,23 +101,35 @@ class ModelPasses:
         """The first pass with its graph, through the wrappers.
 
         Args:
-            attached: Record the embeddings with their graph as well, where a perturbed pass may use them.
+            attached: Record the embeddings with their graph as well.
         """
-        self._first = EmbeddingPass(attached=attached and self._shared_dropout)
+        self._first = EmbeddingPass(attached=attached)
         with self._tap.open(self._first), self._through_wrapper(self._first), self._random.draws:
             outputs = self._forward(self._model)
         return self._kept(outputs)
 
-    def reference(self) -> CleanPass:
-        """The first pass without its graph: the tensors to compare are leaves, its saved tensors dropped.
+    def reference(self, *, attached: bool = False) -> CleanPass:
+        """The first pass, around the wrappers, for its values: without `attached` its saved tensors are dropped.
 
         In the user's grad mode all the same: some layers take another path, with other rounding, under `no_grad`.
+
+        Args:
+            attached: Keep the graph, and record the embeddings as part of it, until `CleanPass.as_leaves`.
         """
-        self._first = EmbeddingPass()
-        with self._without_saving(self._first):
-            found = self._kept(self._forward(self._inner))
-            leaves = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in found.compared)
-        return CleanPass(None, leaves, self._first)
+        self._first = EmbeddingPass(attached=attached)
+        with self._without_saving(self._first, drop=not attached):
+            outputs = self._forward(self._inner)
+        found = self._kept(outputs)
+        return found if attached else found.as_leaves()
+
+    def may_differentiate(self) -> bool:
+        """Whether the graph of a clean pass may be differentiated ahead of the user's backward, and kept for it.
+
+        Compiled graphs run once; FSDP and a static DDP graph count the backward passes; hooks of the user's on modules
+        would take it for the user's own.
+        """
+        static = isinstance(self._model, DistributedDataParallel) and self._model.static_graph
+        return not static and not is_compiled(self._inner) and not any(map(_watches_backward, self._module.modules()))
 
     def reference_without_autocast(self) -> tuple[Tensor, ...]:
         """The tensors to compare from a replay of the first pass with the user's autocast off, detached."""
@@ -202,13 +224,13 @@ class ModelPasses:
             yield
 
     @contextlib.contextmanager
-    def _without_saving(self, record: EmbeddingPass) -> Iterator[None]:
-        """A pass around the wrapper, recorded, that keeps nothing for a backward."""
+    def _without_saving(self, record: EmbeddingPass, *, drop: bool = True) -> Iterator[None]:
+        """A pass around the wrapper, recorded, that keeps nothing for a backward, if it is to `drop` it."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._tap.open(record))
             stack.enter_context(self._around_wrapper())
             stack.enter_context(self._random.draws)
-            if not is_compiled(self._inner):  # compiled graphs free what they save with their output anyway
+            if drop and not is_compiled(self._inner):  # compiled graphs free what they save with their output anyway
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_drop, _missing))
             yield
 
@@ -270,6 +292,11 @@ def _refuse_wrapper(*_: Any) -> None:
         "forward must run the module that it is given, got a call of the DistributedDataParallel wrapper in a pass "
         "that goes around it: write lambda m: m(...)"
     )
+
+
+def _watches_backward(module: nn.Module) -> bool:
+    sharded = hasattr(type(module), "unshard")  # FSDP2 replaces the class of a module
+    return sharded or bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def _drop(tensor: Tensor) -> None:

@@ -1,0 +1,116 @@
+"""The search on one batch: what is maximised, where, from where, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from smartreg._ascent.ball import Ball
+from smartreg._ascent.objective import Graph, Objective
+from smartreg._ascent.precision import PrecisionCheck
+from smartreg._ascent.search import Found, search
+from smartreg._ascent.settings import SmartSettings
+from smartreg._ascent.start import Masks, Noise, Start, balls_around, cotangents, gradient_start, noise_start
+from smartreg._loss_scale import LossScale
+from smartreg.divergences import Divergence, kind_of
+
+
+class Clean(Protocol):
+    """What the search is told of the clean pass."""
+
+    @property
+    def compared(self) -> tuple[Tensor, ...]:
+        """f(x), the tensors to compare."""
+
+    @property
+    def embeddings(self) -> Sequence[Tensor]:
+        """x of each look-up, detached."""
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What autocast makes of float32; None where it is off."""
+
+
+class Passes(Protocol):
+    """What can run the clean pass again."""
+
+    def perturbed(
+        self, perturbations: Sequence[Tensor], *, freeze: bool = False, autocast: bool = True
+    ) -> AbstractContextManager[tuple[Tensor, ...]]:
+        """A pass with perturbations; with `freeze` nothing but they needs a gradient."""
+
+    def reference_without_autocast(self) -> tuple[Tensor, ...]:
+        """f(x) with the user's autocast off, detached."""
+
+    def same_dropout(self) -> AbstractContextManager[None]:
+        """In this block every pass sees the dropout masks of the clean one."""
+
+
+class Query(NamedTuple):
+    """What a call asks for: ℓ, where there is padding, and the start if it is given."""
+
+    divergence: Divergence
+    mask: Masks
+    noise: Noise
+
+
+class Position(NamedTuple):
+    """An objective, the ball of each look-up, and the first perturbation in it."""
+
+    objective: Objective
+    balls: list[Ball]
+    start: Start
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """Searches the ball around the embeddings of a batch, by the same way for a model and for a function.
+
+    Attributes:
+        settings: The hyperparameters.
+        generator: Draws the noise, or u.
+        loss_scale: That of float16 passes.
+        precision: Looks once whether the dtype in use can carry the perturbation; None does not look.
+    """
+
+    settings: SmartSettings
+    generator: torch.Generator | None
+    loss_scale: LossScale
+    precision: PrecisionCheck | None
+
+    def begin(self, passes: Passes, clean: Clean, query: Query, graph: Graph | None = None) -> Position:
+        """Set up the objective, the balls and the start.
+
+        Args:
+            passes: Run f again.
+            clean: The clean pass.
+            query: What the call asks for.
+            graph: That of the clean pass, if a start may be found in it; None runs a pass for such a start.
+        """
+        fixed = tuple(tensor.detach() for tensor in clean.compared)
+        dtypes = (clean.autocast_dtype, *(tensor.dtype for tensor in (*clean.embeddings, *fixed)))
+        run = partial(passes.perturbed, freeze=True)
+        objective = Objective(run, fixed, query.divergence, self.loss_scale, dtypes)
+        balls = balls_around(clean.embeddings, query.mask, self.settings)
+        if self.settings.start == "noise" or self.settings.epsilon == 0:
+            return Position(objective, balls, noise_start(balls, query.noise, self.generator))
+        u = cotangents(fixed, kind_of(query.divergence), query.noise, self.generator)
+        zeros = [torch.zeros_like(ball.embeddings, dtype=ball.norm_scale.dtype) for ball in balls]
+        return Position(objective, balls, gradient_start(balls, objective.pullback(u, zeros, graph)))
+
+    def search(self, passes: Passes, clean: Clean, position: Position) -> Found:
+        """The perturbation of each look-up: Algorithm 1, after a look at the precision."""
+        objective, balls, start = position
+        if self.precision is not None:
+            with passes.same_dropout():
+                self.precision.look(objective, balls, start.perturbations, clean.autocast_dtype)
+        if clean.autocast_dtype is not None and not self.settings.ascent_autocast:
+            run = partial(passes.perturbed, freeze=True, autocast=False)
+            objective = replace(objective, run=run, reference=passes.reference_without_autocast())
+        return search(objective, balls, start)

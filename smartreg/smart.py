@@ -266,7 +266,7 @@ class SmartLoss(nn.Module):
         return SmartOutput(clean.outputs, stored.attach((*clean.compared, *clean.record.graphs)))
 
     def _starts_from_clean_graph(self, passes: ModelPasses) -> bool:
-        wanted = self.settings.start == "gradient" and self.settings.epsilon > 0 and torch.is_grad_enabled()
+        wanted = self.settings.start != "noise" and self.settings.epsilon > 0 and torch.is_grad_enabled()
         return wanted and passes.may_differentiate()
 
     def _begin(self, passes: ModelPasses, clean: CleanPass, query: Query) -> Position:

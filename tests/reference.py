@@ -152,8 +152,27 @@ def p_norm(values, norm):
     return abs(values).max() if norm == "inf" else math.sqrt((values**2).sum())
 
 
+def steepest(g, norm):
+    """The vector of p-norm 1 whose inner product with g is the largest: the dual norm of g."""
+    if norm == "inf":
+        return np.array([[(value > 0) * 1.0 - (value < 0) * 1.0 for value in row] for row in g])
+    return g / math.sqrt((g**2).sum())
+
+
+def on_sphere(gradient, real, unit, *, epsilon, norm, norm_over, epsilon_scale, **unused):
+    """The start of one sentence along a gradient: of p-norm epsilon, or 0 where the gradient is."""
+    start = np.zeros_like(gradient)
+    for group in [range(len(gradient))] if norm_over == "example" else [[t] for t in range(len(gradient))]:
+        tokens = [t for t in group if real[t]]
+        if tokens and np.abs(gradient[tokens]).max() > 0:
+            entries = gradient[tokens].size
+            scale = unit * math.sqrt(entries) if norm == "2" and epsilon_scale == "rms" else unit
+            start[tokens] = epsilon * scale * steepest(gradient[tokens], norm)
+    return start
+
+
 def move_in_ball(delta, gradient, real, unit, *, epsilon, step_size, norm, norm_over, epsilon_scale, ascent):
-    """One step of one sentence: eta g / ||g||_p, then the projection. A `gradient` of None only projects."""
+    """One step of one sentence by a rule of ascent, then the projection. A `gradient` of None only projects."""
     moved = np.zeros_like(delta)  # padding stays where it is
     for group in [range(len(delta))] if norm_over == "example" else [[t] for t in range(len(delta))]:
         tokens = [t for t in group if real[t]]
@@ -168,7 +187,7 @@ def move_in_ball(delta, gradient, real, unit, *, epsilon, step_size, norm, norm_
                 value = value / (p_norm(value, norm) + epsilon * scale)
         else:
             if g is not None and p_norm(g, norm) > 0:
-                value = value + step_size * scale * g / p_norm(g, norm)
+                value = value + step_size * scale * (steepest(g, norm) if ascent == "steepest" else g / p_norm(g, norm))
             if norm == "inf":
                 value = np.clip(value, -epsilon * scale, epsilon * scale)
             elif p_norm(value, norm) > epsilon * scale:
@@ -178,29 +197,48 @@ def move_in_ball(delta, gradient, real, unit, *, epsilon, step_size, norm, norm_
 
 
 def smart(
-    weights, ids, masks, noise, *, steps, epsilon_scale="rms", ascent="projected", detach_reference=False, **ball
+    weights,
+    ids,
+    masks,
+    noise,
+    *,
+    steps,
+    epsilon_scale="rms",
+    ascent="projected",
+    start="noise",
+    detach_reference=False,
+    **ball,
 ):
     """Algorithm 1, lines 5 to 12.
+
+    With `start="gradient"`, `noise` holds u, an array (n, classes), and the start lies on the sphere along J^T u, the
+    gradient of <u, f(x)>.
 
     Returns:
         The perturbations after the start and after every step (a list of lists, one for each look-up), the penalty,
         its gradients by the names of the parameters, and the divergence at the start.
     """
     n, table = len(ids[0]), weights["embedding.weight"]
-    visited = [[np.zeros_like(one) for one in noise] for _ in range(max(steps, 1) + 1)]
+    visited = [[np.zeros((*one.shape, table.shape[1])) for one in ids] for _ in range(max(steps, 1) + 1)]
     total = {name: np.zeros_like(value) for name, value in weights.items()}
-    penalty = start = 0.0
+    penalty = start_divergence = 0.0
     for i in range(n):
         x, real = [table[one[i]] for one in ids], [np.asarray(one[i], dtype=bool) for one in masks]
         unit = [math.sqrt((a[r] ** 2).mean()) if epsilon_scale == "rms" else 1.0 for a, r in zip(x, real, strict=True)]
         clean = model_of_example(weights, x, real)[0]
-        delta = [np.where(r[:, None], one[i], 0.0) for one, r in zip(noise, real, strict=True)]
+        if start == "gradient":
+            unused = {k: np.zeros_like(v) for k, v in total.items()}
+            pulled = backward_of_example(weights, x, real, noise[0][i], unused)
+            triples = zip(pulled, real, unit, strict=True)
+            delta = [on_sphere(g, r, s, epsilon_scale=epsilon_scale, **ball) for g, r, s in triples]
+        else:
+            delta = [np.where(r[:, None], one[i], 0.0) for one, r in zip(noise, real, strict=True)]
         for step in range(max(steps, 1)):
             for k in range(len(delta)):
                 visited[step][k][i] = delta[k]
             moved = [a + d for a, d in zip(x, delta, strict=True)]
             logits = model_of_example(weights, moved, real)[0]
-            start += symmetric_kl_of_position(logits, clean) / n if step == 0 else 0.0
+            start_divergence += symmetric_kl_of_position(logits, clean) / n if step == 0 else 0.0
             d_logits, unused = symmetric_kl_gradient(logits, clean) / n, {k: np.zeros_like(v) for k, v in total.items()}
             gradient = backward_of_example(weights, moved, real, d_logits, unused) if steps else [None] * len(x)
             for k in range(len(delta)):
@@ -219,7 +257,17 @@ def smart(
             for one, d_x in zip(ids, backward_of_example(weights, sentences, real, d_logits, total), strict=True):
                 for t in range(len(d_x)):
                     total["embedding.weight"][one[i][t]] += d_x[t]
-    return visited, penalty, total, start
+    return visited, penalty, total, start_divergence
+
+
+def curvature(logits, kind):
+    """S of one position: half the second derivative at equality of the symmetric KL divergence, or of (a - b)^2."""
+    if kind == "value":
+        return np.eye(len(logits))
+    if kind == "bernoulli":
+        return np.diag([math.exp(-abs(z)) / (1 + math.exp(-abs(z))) ** 2 for z in logits])
+    p = np.exp(log_softmax(logits))
+    return np.diag(p) - np.outer(p, p)
 
 
 # Teacher

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from smart_models import FEATURES, Sentence, batch, build, gradients, perturbations
+from smart_models import CLASSES, FEATURES, Sentence, batch, build, gradients, perturbations
 from torch import Tensor
 
 from smartreg import SmartLoss
@@ -133,3 +133,41 @@ def test_reference_against_finite_differences(lookups: int, detach_reference: bo
                 moved[name][index] += sign * h
                 values.append(penalty(moved))
             assert (values[0] - values[1]) / (2 * h) == pytest.approx(analytic[name][index], abs=1e-8)
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True], ids=["standard", "efficient"])
+@pytest.mark.parametrize("lookups", [1, 2])
+@pytest.mark.parametrize("start", ["noise", "gradient"])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("norm_over", ["example", "token"])
+@pytest.mark.parametrize("norm", ["inf", "2"])
+@pytest.mark.parametrize("epsilon_scale", ["rms", "absolute"])
+def test_steepest_steps_and_the_start_along_the_gradient(
+    norm: str, norm_over: str, epsilon_scale: str, steps: int, start: str, lookups: int, memory_efficient: bool
+) -> None:
+    model, forward, ids, masks, noise = case(lookups)
+    if start == "gradient":
+        noise = [torch.randn(len(ids[0]), CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(3))]
+    settings = {"epsilon": 0.1, "step_size": 0.06, "steps": steps, "norm": norm, "ascent": "steepest", "start": start}
+    settings |= {"norm_over": norm_over, "epsilon_scale": epsilon_scale}
+    smart = SmartLoss(model, memory_efficient=memory_efficient, **settings)
+    _, penalty = smart(forward, mask=masks if lookups > 1 else masks[0], noise=noise)
+    visited, value, parameter_gradients, start_divergence = expected(model, ids, masks, noise, **settings)
+
+    passes = perturbations(model, lookups)
+    last = [[np.zeros(d.shape) for d in visited[0]]] if memory_efficient else []
+    visited = (visited if steps else visited[1:]) + last
+    assert len(passes) == len(visited)  # the start along the gradient has taken no pass
+    for ours, theirs in zip(passes, visited, strict=True):
+        assert max(distance(o, t) for o, t in zip(ours, theirs, strict=True)) <= TOLERANCE
+    assert abs(penalty.item() - value) <= TOLERANCE * value
+    assert value > 1e-5
+    assert smart.stats is not None
+    assert smart.stats.start_divergence == pytest.approx(start_divergence if steps else value, rel=TOLERANCE)
+    assert smart.stats.bad_examples == 0
+    if start == "gradient" and steps == 0:
+        assert smart.stats.radius_used == pytest.approx(1.0, rel=TOLERANCE)
+
+    penalty.backward()
+    for name, gradient in gradients(model).items():
+        assert distance(gradient, parameter_gradients[name]) <= TOLERANCE * np.abs(parameter_gradients[name]).max()

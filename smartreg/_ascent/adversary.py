@@ -16,7 +16,16 @@ from smartreg._ascent.objective import Graph, Objective
 from smartreg._ascent.precision import PrecisionCheck
 from smartreg._ascent.search import Found, search
 from smartreg._ascent.settings import SmartSettings
-from smartreg._ascent.start import Masks, Noise, Start, balls_around, cotangents, gradient_start, noise_start
+from smartreg._ascent.start import (
+    Masks,
+    Noise,
+    Start,
+    balls_around,
+    cotangents,
+    given_cotangents,
+    gradient_start,
+    noise_start,
+)
 from smartreg._loss_scale import LossScale
 from smartreg.divergences import Divergence, kind_of
 
@@ -98,9 +107,14 @@ class Adversary:
         run = partial(passes.perturbed, freeze=True)
         objective = Objective(run, fixed, query.divergence, self.loss_scale, dtypes)
         balls = balls_around(clean.embeddings, query.mask, self.settings)
-        if self.settings.start == "noise" or self.settings.epsilon == 0:
-            return Position(objective, balls, noise_start(balls, query.noise, self.generator))
-        u = cotangents(fixed, kind_of(query.divergence), query.noise, self.generator)
+        start, noise = self.settings.start, query.noise
+        given = noise is not None and start != "gradient"  # the start itself; for "gradient" it is u
+        if start == "noise" or given or self.settings.epsilon == 0:
+            return Position(objective, balls, noise_start(balls, noise, self.generator))
+        if noise is None:
+            u = cotangents(fixed, kind_of(query.divergence), start, self.generator)
+        else:
+            u = given_cotangents(fixed, noise)
         zeros = [torch.zeros_like(ball.embeddings, dtype=ball.norm_scale.dtype) for ball in balls]
         return Position(objective, balls, gradient_start(balls, objective.pullback(u, zeros, graph)))
 

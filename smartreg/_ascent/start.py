@@ -10,6 +10,7 @@ from torch import Tensor
 
 from smartreg._ascent.ball import Ball, wide_dtype
 from smartreg._ascent.settings import SmartSettings
+from smartreg._ascent.settings import Start as StartName
 from smartreg._warnings import warn
 from smartreg.divergences import Divergence, Kind, is_builtin
 
@@ -90,42 +91,60 @@ def gradient_start(balls: Sequence[Ball], gradients: Sequence[Tensor] | None) ->
 
 
 def cotangents(
-    compared: Sequence[Tensor], kind: Kind | None, noise: Noise, generator: torch.Generator | None
+    compared: Sequence[Tensor], kind: Kind | None, start: StartName, generator: torch.Generator | None
 ) -> list[Tensor]:
-    r"""u for each tensor to compare: random, with the curvature S of the divergence at equality as covariance.
+    r"""u for each tensor to compare, whose pullback \(J^\top u\) is where the search starts.
 
-    Near the clean point \(\ell(f(x + \delta), f(x)) \propto \delta^\top J^\top S J \delta\), and \(J^\top u\) points
-    where the output moves in directions that the divergence sees. With ξ ~ N(0, I):
+    `"gradient"`: random, with the curvature S of the divergence at equality as covariance, since near the clean point
+    \(\ell(f(x + \delta), f(x)) \propto \delta^\top J^\top S J \delta\). With ξ ~ N(0, I):
 
     * softmax, \(S = \mathrm{diag}(p) - p p^\top\): \(u = \sqrt p \odot \xi - p \, \langle \sqrt p, \xi \rangle\);
     * Bernoulli, \(S = p (1 - p)\): \(u = \sqrt{p (1 - p)} \, \xi\);
     * values, and whatever a divergence of the user's own compares, S = I: u = ξ.
 
+    `"reversal"`: towards the prediction reversed, where a divergence is largest once the ball is not small: minus the
+    logits, for a softmax less their mean. Values have nothing to reverse: u = ξ.
+
     Args:
         compared: The tensors to compare, detached; softmax outputs are (..., classes).
         kind: What the divergence compares; None for one of the user's own.
-        noise: u itself, or a function from a tensor to compare to it; None draws it.
+        start: Which u.
         generator: Draws ξ.
 
     Returns:
         Tensors of the shapes of `compared`, in float32 at least.
     """
-    if noise is not None:
-        given = _given(noise, compared, each="tensor to compare", shape_of='the outputs (start="gradient")')
-        return [one.to(f.device, wide_dtype(f.dtype)) for f, one in zip(compared, given, strict=True)]
-    drawn = []
+    found = []
     for f in compared:
         f = f.detach().to(wide_dtype(f.dtype))
+        if start == "reversal" and kind in ("softmax", "bernoulli"):
+            found.append(_reversal(f, kind))
+            continue
         source = f.device if generator is None else generator.device
         xi = torch.randn(f.shape, generator=generator, dtype=f.dtype, device=source).to(f.device)
         if kind == "softmax":
-            p = f.softmax(-1)
-            drawn.append(p.sqrt() * xi - p * (p.sqrt() * xi).sum(-1, keepdim=True))
+            root = f.softmax(-1).sqrt()
+            found.append(root * xi - root.square() * (root * xi).sum(-1, keepdim=True))
         elif kind == "bernoulli":
-            drawn.append((f.sigmoid() * (-f).sigmoid()).sqrt() * xi)
+            found.append((f.sigmoid() * (-f).sigmoid()).sqrt() * xi)
         else:
-            drawn.append(xi)
-    return drawn
+            found.append(xi)
+    return found
+
+
+def _reversal(logits: Tensor, kind: Kind) -> Tensor:
+    if kind == "bernoulli":
+        return -logits
+    present = torch.isfinite(logits)  # a class with logit −inf stays out
+    count = present.sum(-1, keepdim=True).clamp_min(1)
+    mean = torch.where(present, logits, 0.0).sum(-1, keepdim=True) / count
+    return torch.where(present, mean - logits, 0.0)
+
+
+def given_cotangents(compared: Sequence[Tensor], noise: Noise) -> list[Tensor]:
+    """u as the user gave it, for each tensor to compare."""
+    given = _given(noise, compared, each="tensor to compare", shape_of='the outputs (start="gradient")')
+    return [one.to(f.device, wide_dtype(f.dtype)) for f, one in zip(compared, given, strict=True)]
 
 
 def _given(noise: Noise, like: Sequence[Tensor], *, each: str, shape_of: str) -> list[Tensor]:
@@ -146,7 +165,7 @@ def _given(noise: Noise, like: Sequence[Tensor], *, each: str, shape_of: str) ->
 
 def refuse_inference_mode(settings: SmartSettings) -> None:
     """Raises a `RuntimeError` where the search needs gradients that cannot be had."""
-    if torch.is_inference_mode_enabled() and (settings.steps or settings.start == "gradient"):
+    if torch.is_inference_mode_enabled() and (settings.steps or settings.start != "noise"):
         raise RuntimeError(
             "the search needs gradients, which torch.inference_mode forbids: use torch.no_grad, or steps=0 with "
             'start="noise"'

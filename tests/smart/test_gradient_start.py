@@ -1,0 +1,271 @@
+"""The start along the pullback of a cotangent through the clean pass: its draws, its ways, and what it leaves alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from smart_models import CLASSES, batch, build, counting, gradients, perturbations
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from smartreg import SmartLoss, smoothness_penalty
+from smartreg._ascent.start import cotangents
+
+IDS, MASK = batch(examples=3, tokens=4)
+BALL: dict[str, Any] = {"epsilon": 0.2, "norm": "2", "steps": 0, "start": "gradient"}
+both_modes = pytest.mark.parametrize("memory_efficient", [False, True], ids=["standard", "efficient"])
+
+
+def drawn(seed: int = 5, *shape: int) -> Tensor:
+    return torch.randn(*(shape or (3, CLASSES)), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def start_by_hand(model: nn.Module, run: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+    """ε √N rms g / ‖g‖ for g = Jᵀu, by autograd on a function of the embeddings; no padding."""
+    x = model.embedding(IDS).detach().requires_grad_()
+    (g,) = torch.autograd.grad((run(x) * u).sum(), x)
+    unit = x.detach().square().sum((1, 2), keepdim=True).sqrt()  # √N rms
+    return 0.2 * unit * g / g.square().sum((1, 2), keepdim=True).sqrt()
+
+
+def after_embedding(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: model.head(torch.tanh(model.hidden(x)).mean(dim=1))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "bernoulli", "value", None])
+def test_u_is_drawn_with_the_curvature_as_covariance(kind: Any) -> None:
+    logits, draws = torch.tensor([1.5, -0.5, 0.2], dtype=torch.float64), 40_000
+    (u,) = cotangents([logits.expand(draws, 3)], kind, "gradient", torch.Generator().manual_seed(0))
+    expected = reference.curvature(logits.numpy(), kind or "value")
+    # The standard error of a covariance of bounded fourth moments is about sqrt(2 / 40,000) = 0.007 of the variances.
+    assert np.abs(np.cov(u.T.numpy(), bias=True) - expected).max() < 0.03 * np.abs(expected).max()
+    assert np.abs(u.mean(0).numpy()).max() < 0.02
+
+
+def test_the_reversal_is_minus_the_logits_less_their_mean() -> None:
+    logits = torch.tensor([[1.0, 2.0, 6.0], [3.0, -torch.inf, 1.0]])
+    (u,) = cotangents([logits], "softmax", "reversal", None)
+    assert torch.equal(u, torch.tensor([[2.0, 1.0, -3.0], [-1.0, 0.0, 1.0]]))
+    (u,) = cotangents([logits[:1]], "bernoulli", "reversal", None)
+    assert torch.equal(u, -logits[:1])
+
+
+@pytest.mark.parametrize("kind", ["value", None])
+def test_values_have_no_reversal_and_draw(kind: Any) -> None:
+    reversed_, random = (
+        cotangents([torch.zeros(4, 2)], kind, start, torch.Generator().manual_seed(1))
+        for start in ("reversal", "gradient")
+    )
+    assert torch.equal(reversed_[0], random[0])
+    assert reversed_[0].std() > 0.3
+
+
+@both_modes
+def test_the_start_lies_on_the_sphere_along_the_pullback(memory_efficient: bool) -> None:
+    model, u = build(scale=2.0), drawn()
+    smart = SmartLoss(model, memory_efficient=memory_efficient, **BALL)
+    smart(lambda m: m(IDS), noise=u)
+    delta = perturbations(model)[0][0]
+    assert torch.allclose(delta, start_by_hand(model, after_embedding(model), u), rtol=1e-9, atol=0)
+    assert smart.stats is not None
+    assert smart.stats.radius_used == pytest.approx(1.0)
+
+
+@both_modes
+def test_several_tensors_are_pulled_back_together(memory_efficient: bool) -> None:
+    model, u, v = build(scale=2.0), drawn(5), drawn(6)
+    pair: Callable[[Any], list[Tensor]] = lambda out: [out, 3 * out.tanh()]  # noqa: E731  # short
+    smart = SmartLoss(model, output_to_logits=pair, memory_efficient=memory_efficient, **BALL)
+    smart(lambda m: m(IDS), noise=[u, v])
+    run = after_embedding(model)
+    both = lambda x: torch.cat([run(x), 3 * run(x).tanh()])  # noqa: E731  # short
+    delta = perturbations(model)[0][0]
+    assert torch.allclose(delta, start_by_hand(model, both, torch.cat([u, v])), rtol=1e-9, atol=0)
+
+
+@both_modes
+@pytest.mark.parametrize("start", ["gradient", "reversal"])
+def test_a_call_repeats_with_its_generator_and_leaves_the_global_one_alone(start: str, memory_efficient: bool) -> None:
+    model = build(dropout=0.2)
+
+    def penalty(seed: int) -> float:
+        generator = torch.Generator().manual_seed(seed)
+        options = BALL | {"start": start, "memory_efficient": memory_efficient, "generator": generator}
+        torch.manual_seed(0)
+        value = SmartLoss(model, divergence="mse", **options)(lambda m: m(IDS)).penalty.item()
+        after = torch.get_rng_state()
+        torch.manual_seed(0)
+        model(IDS)
+        assert torch.equal(after, torch.get_rng_state())
+        return value
+
+    assert penalty(1) == penalty(1) != penalty(2)
+
+
+@both_modes
+def test_a_given_start_is_the_start_for_the_reversal_too(memory_efficient: bool) -> None:
+    model = build()
+    nu = drawn(7, *IDS.shape, 4) * 1e-3
+    SmartLoss(model, memory_efficient=memory_efficient, **BALL | {"start": "reversal"})(lambda m: m(IDS), noise=nu)
+    assert torch.allclose(perturbations(model)[0][0], nu, atol=1e-15)
+
+
+def frozen_embedding(model: nn.Module) -> nn.Module:
+    model.embedding.requires_grad_(False)
+    return model
+
+
+def watched(model: nn.Module) -> nn.Module:
+    model.hidden.register_full_backward_hook(lambda *_: None)
+    return model
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]  # a module, but not by its type
+
+
+@both_modes
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("change", [frozen_embedding, watched, compiled])
+def test_where_the_clean_graph_is_left_alone_a_pass_of_its_own_gives_the_same(
+    change: Callable[[nn.Module], nn.Module], steps: int, memory_efficient: bool
+) -> None:
+    options = BALL | {"steps": steps, "memory_efficient": memory_efficient}
+    plain, other = build(scale=2.0, dropout=0.1), build(scale=2.0, dropout=0.1)
+    changed = change(other)
+    results = []
+    for inner, model in ((plain, plain), (other, changed)):
+        torch.manual_seed(3)
+        smart = SmartLoss(model, **options)
+        with counting(inner.hidden) as count:
+            _, penalty = smart(lambda m: m(IDS), noise=drawn())
+        penalty.backward()
+        results.append((penalty.item(), inner.head.weight.grad, count()))
+        smart.remove()
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-9, atol=1e-14)
+    passes = 2 + steps + memory_efficient
+    assert results[0][2] == passes
+    if change is not compiled:  # hooks on parts of a compiled model do not count
+        assert results[1][2] == passes + 1
+    torch._dynamo.reset()
+
+
+def test_under_no_grad_the_penalty_is_the_same_without_a_graph() -> None:
+    model = build(scale=2.0)
+    smart = SmartLoss(model, **BALL)
+    attached = smart(lambda m: m(IDS), noise=drawn()).penalty
+    with torch.no_grad():
+        detached = smart(lambda m: m(IDS), noise=drawn()).penalty
+    assert detached.item() == pytest.approx(attached.item(), rel=1e-12)
+    assert not detached.requires_grad
+
+
+def test_inference_mode_is_refused_with_the_remedy() -> None:
+    smart = SmartLoss(build(), **BALL)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r'use torch\.no_grad, or steps=0 with start="noise"'),
+    ):
+        smart(lambda m: m(IDS))
+
+
+@both_modes
+def test_nothing_but_the_graph_has_changed(memory_efficient: bool) -> None:
+    model = build(scale=2.0)
+    called: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.ones_like(parameter)
+        parameter.register_hook(lambda grad, name=name: called.append(name))
+        parameter.register_post_accumulate_grad_hook(lambda p: called.append("accumulated"))
+    before = gradients(model)
+    outputs, penalty = SmartLoss(model, memory_efficient=memory_efficient, **BALL)(lambda m: m(IDS), noise=drawn())
+    assert called == []
+    assert all(torch.equal(before[name], after) for name, after in gradients(model).items())
+    (outputs.sum() + penalty).backward()
+    assert sorted(called) == sorted([*(name for name, _ in model.named_parameters()), *["accumulated"] * 5])
+
+
+@both_modes
+def test_a_checkpointed_layer_is_recomputed_for_the_start_too(memory_efficient: bool) -> None:
+    def run(model: nn.Module, keep: bool) -> Tensor:
+        x = model.embedding(IDS)
+        hidden = lambda x: torch.tanh(model.hidden(model.dropout(x))).mean(dim=1)  # noqa: E731  # short
+        return model.head(hidden(x) if keep else checkpoint(hidden, x, use_reentrant=False))
+
+    found = []
+    for keep in (True, False):
+        model = build(scale=2.0, dropout=0.2)
+        torch.manual_seed(4)
+        smart = SmartLoss(model, memory_efficient=memory_efficient, **BALL)
+        outputs, penalty = smart(lambda m, keep=keep: run(m, keep), noise=drawn())
+        (outputs.sum() + penalty).backward()
+        found.append((penalty.item(), gradients(model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(gradient, found[1][1][name], rtol=1e-9, atol=1e-14)
+
+
+@both_modes
+def test_an_example_without_a_usable_gradient_starts_at_the_clean_point_and_is_counted(memory_efficient: bool) -> None:
+    model = build(scale=2.0)
+    u = drawn()
+    u[0], u[1] = torch.nan, 0.0
+    smart = SmartLoss(model, memory_efficient=memory_efficient, **BALL)
+    outputs, penalty = smart(lambda m: m(IDS), noise=u)
+    delta = perturbations(model)[0][0]
+    assert delta[:2].abs().max() == 0
+    assert delta[2].abs().max() > 0
+    assert smart.stats is not None
+    assert (smart.stats.bad_examples, smart.stats.radius_used) == (2, pytest.approx(1 / 3))
+    (outputs.sum() + penalty).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@both_modes
+def test_padding_is_not_perturbed_and_does_not_count(memory_efficient: bool) -> None:
+    model = build(scale=2.0)
+    smart = SmartLoss(model, memory_efficient=memory_efficient, **BALL)
+    smart(lambda m: m(IDS), mask=MASK, noise=drawn())  # the model itself does not know the mask
+    delta = perturbations(model)[0][0]
+    assert delta[MASK == 0].abs().max() == 0
+    x = model.embedding(IDS).detach() * MASK.unsqueeze(-1)
+    used = delta.square().sum((1, 2)).sqrt() / (0.2 * x.square().sum((1, 2)).sqrt())
+    assert torch.allclose(used, torch.ones_like(used))
+
+
+@both_modes
+def test_float16_is_differentiated_under_a_scale_that_an_overflow_lowers(memory_efficient: bool) -> None:
+    model = build(dtype=torch.float32)
+    smart = SmartLoss(model, memory_efficient=memory_efficient, **BALL | {"epsilon": 0.5})
+    with torch.autocast("cpu", torch.float16):
+        smart(lambda m: m(IDS), noise=torch.full((3, CLASSES), 30.0))  # times 4,096 beyond the largest float16
+        assert smart.stats is not None
+        assert smart.stats.bad_examples == 3
+        for _ in range(4):
+            smart(lambda m: m(IDS), noise=torch.full((3, CLASSES), 30.0))
+    assert smart.stats.bad_examples == 0
+    assert smart.stats.radius_used == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("start", ["gradient", "reversal"])
+def test_the_function_is_the_class(start: str) -> None:
+    model = build(scale=2.0)
+    options = BALL | {"start": start, "steps": 1, "ascent": "steepest", "norm": "inf"}
+    noise = drawn() if start == "gradient" else None
+    ours = SmartLoss(model, **options)(lambda m: m(IDS), noise=noise).penalty
+    other = smoothness_penalty(after_embedding(model), model.embedding(IDS), noise=noise, **options).penalty
+    assert other.item() == pytest.approx(ours.item(), rel=1e-12)
+
+
+def test_wrong_cotangents() -> None:
+    smart = SmartLoss(build(), **BALL)
+    with pytest.raises(ValueError, match=r'noise must have the shape of the outputs \(start="gradient"\), \(3, 3\)'):
+        smart(lambda m: m(IDS), noise=drawn(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="noise must be one tensor for each tensor to compare, in order: expected 1"):
+        smart(lambda m: m(IDS), noise=[drawn(), drawn()])
+    with pytest.raises(TypeError, match="noise must be a tensor for each tensor to compare, got float"):
+        smart(lambda m: m(IDS), noise=[0.1])

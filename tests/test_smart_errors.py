@@ -32,7 +32,7 @@ HYPERPARAMETERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"norm_over": "batch"}, ValueError, r"norm_over must be one of \('example', 'token'\), got 'batch'"),
     ({"epsilon_scale": "relative"}, ValueError, r"epsilon_scale must be one of \('rms', 'absolute'\), got 'relative'"),
     ({"ascent": "fast"}, ValueError, r"ascent must be one of \('projected', 'steepest', 'normalized'\), got 'fast'"),
-    ({"start": "clean"}, ValueError, r"start must be one of \('noise', 'gradient', 'reversal'\), got 'clean'"),
+    ({"start": "clean"}, ValueError, r"start must be one of \('noise', 'gradient', 'towards_uniform'\), got 'clean'"),
     ({"dropout": "none"}, ValueError, r"dropout must be one of \('shared', 'independent'\), got 'none'"),
     ({"detach_reference": 1}, TypeError, r"detach_reference must be True or False, got 1"),
     ({"divergence": "symetric_kl"}, ValueError, r"divergence.*symetric_kl"),

@@ -10,7 +10,7 @@ Norm = Literal["inf", "2"]
 NormOver = Literal["example", "token"]
 EpsilonScale = Literal["rms", "absolute"]
 Ascent = Literal["projected", "steepest", "normalized"]
-Start = Literal["noise", "gradient", "reversal"]
+Start = Literal["noise", "gradient", "towards_uniform"]
 Dropout = Literal["shared", "independent"]
 
 _NORMS: dict[object, Norm] = {"inf": "inf", math.inf: "inf", "2": "2", 2: "2"}
@@ -18,7 +18,7 @@ _CHOICES = {
     "norm_over": ("example", "token"),
     "epsilon_scale": ("rms", "absolute"),
     "ascent": ("projected", "steepest", "normalized"),
-    "start": ("noise", "gradient", "reversal"),
+    "start": ("noise", "gradient", "towards_uniform"),
     "dropout": ("shared", "independent"),
 }
 

@@ -102,8 +102,9 @@ def cotangents(
     * Bernoulli, \(S = p (1 - p)\): \(u = \sqrt{p (1 - p)} \, \xi\);
     * values, and whatever a divergence of the user's own compares, S = I: u = ξ.
 
-    `"reversal"`: towards the prediction reversed, where a divergence is largest once the ball is not small: minus the
-    logits, for a softmax less their mean. Values have nothing to reverse: u = ξ.
+    `"towards_uniform"`: \(u = 1 / C - p\) for softmax outputs over C classes, \(1/2 - p\) for Bernoulli outputs, no
+    draw: away from the prediction, where a divergence has room to grow (it saturates where the prediction becomes
+    more certain). Values have no such direction: u = ξ.
 
     Args:
         compared: The tensors to compare, detached; softmax outputs are (..., classes).
@@ -117,8 +118,8 @@ def cotangents(
     found = []
     for f in compared:
         f = f.detach().to(wide_dtype(f.dtype))
-        if start == "reversal" and kind in ("softmax", "bernoulli"):
-            found.append(_reversal(f, kind))
+        if start == "towards_uniform" and kind in ("softmax", "bernoulli"):
+            found.append(_towards_uniform(f, kind))
             continue
         source = f.device if generator is None else generator.device
         xi = torch.randn(f.shape, generator=generator, dtype=f.dtype, device=source).to(f.device)
@@ -132,13 +133,11 @@ def cotangents(
     return found
 
 
-def _reversal(logits: Tensor, kind: Kind) -> Tensor:
+def _towards_uniform(logits: Tensor, kind: Kind) -> Tensor:
     if kind == "bernoulli":
-        return -logits
-    present = torch.isfinite(logits)  # a class with logit −inf stays out
-    count = present.sum(-1, keepdim=True).clamp_min(1)
-    mean = torch.where(present, logits, 0.0).sum(-1, keepdim=True) / count
-    return torch.where(present, mean - logits, 0.0)
+        return 0.5 - logits.sigmoid()
+    present = logits != -torch.inf  # an absent class is in neither distribution
+    return torch.where(present, 1.0 / present.sum(-1, keepdim=True).clamp_min(1), 0.0) - logits.softmax(-1)
 
 
 def given_cotangents(compared: Sequence[Tensor], noise: Noise) -> list[Tensor]:

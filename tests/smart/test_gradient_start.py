@@ -45,22 +45,22 @@ def test_u_is_drawn_with_the_curvature_as_covariance(kind: Any) -> None:
     assert np.abs(u.mean(0).numpy()).max() < 0.02
 
 
-def test_the_reversal_is_minus_the_logits_less_their_mean() -> None:
-    logits = torch.tensor([[1.0, 2.0, 6.0], [3.0, -torch.inf, 1.0]])
-    (u,) = cotangents([logits], "softmax", "reversal", None)
-    assert torch.equal(u, torch.tensor([[2.0, 1.0, -3.0], [-1.0, 0.0, 1.0]]))
-    (u,) = cotangents([logits[:1]], "bernoulli", "reversal", None)
-    assert torch.equal(u, -logits[:1])
+def test_towards_the_uniform_distribution_of_the_classes_that_there_are() -> None:
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.8, 0.0, 0.2]])
+    (u,) = cotangents([p.log()], "softmax", "towards_uniform", None)
+    assert torch.allclose(u, torch.tensor([[1 / 3 - 0.5, 1 / 3 - 0.3, 1 / 3 - 0.2], [-0.3, 0.0, 0.3]]), atol=1e-7)
+    (u,) = cotangents([p[:1].logit()], "bernoulli", "towards_uniform", None)
+    assert torch.allclose(u, torch.tensor([[0.0, 0.2, 0.3]]), atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["value", None])
-def test_values_have_no_reversal_and_draw(kind: Any) -> None:
-    reversed_, random = (
+def test_values_have_no_uniform_distribution_and_draw(kind: Any) -> None:
+    uniform, random = (
         cotangents([torch.zeros(4, 2)], kind, start, torch.Generator().manual_seed(1))
-        for start in ("reversal", "gradient")
+        for start in ("towards_uniform", "gradient")
     )
-    assert torch.equal(reversed_[0], random[0])
-    assert reversed_[0].std() > 0.3
+    assert torch.equal(uniform[0], random[0])
+    assert uniform[0].std() > 0.3
 
 
 @both_modes
@@ -87,7 +87,7 @@ def test_several_tensors_are_pulled_back_together(memory_efficient: bool) -> Non
 
 
 @both_modes
-@pytest.mark.parametrize("start", ["gradient", "reversal"])
+@pytest.mark.parametrize("start", ["gradient", "towards_uniform"])
 def test_a_call_repeats_with_its_generator_and_leaves_the_global_one_alone(start: str, memory_efficient: bool) -> None:
     model = build(dropout=0.2)
 
@@ -106,10 +106,12 @@ def test_a_call_repeats_with_its_generator_and_leaves_the_global_one_alone(start
 
 
 @both_modes
-def test_a_given_start_is_the_start_for_the_reversal_too(memory_efficient: bool) -> None:
+def test_given_noise_is_the_start_itself_unless_the_start_is_the_gradient(memory_efficient: bool) -> None:
     model = build()
     nu = drawn(7, *IDS.shape, 4) * 1e-3
-    SmartLoss(model, memory_efficient=memory_efficient, **BALL | {"start": "reversal"})(lambda m: m(IDS), noise=nu)
+    SmartLoss(model, memory_efficient=memory_efficient, **BALL | {"start": "towards_uniform"})(
+        lambda m: m(IDS), noise=nu
+    )
     assert torch.allclose(perturbations(model)[0][0], nu, atol=1e-15)
 
 
@@ -251,7 +253,7 @@ def test_float16_is_differentiated_under_a_scale_that_an_overflow_lowers(memory_
     assert smart.stats.radius_used == pytest.approx(1.0, rel=1e-3)
 
 
-@pytest.mark.parametrize("start", ["gradient", "reversal"])
+@pytest.mark.parametrize("start", ["gradient", "towards_uniform"])
 def test_the_function_is_the_class(start: str) -> None:
     model = build(scale=2.0)
     options = BALL | {"start": start, "steps": 1, "ascent": "steepest", "norm": "inf"}

@@ -1,0 +1,17 @@
+"""Every divergence by name, `symmetric_kl` in both of its ways."""
+
+import pytest
+from divergence_cases import ALL, BLOCKS
+
+from smartreg import _blockwise_symmetric_kl as blockwise
+from smartreg import divergences
+
+
+@pytest.fixture(params=[*ALL, BLOCKS])
+def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a divergence; `symmetric_kl` a second time in blocks so small that every test has several."""
+    if request.param == BLOCKS:
+        monkeypatch.setattr(divergences, "_BLOCKWISE_FROM", 1)
+        monkeypatch.setattr(blockwise, "_block_elements", lambda device: 10)
+        return "symmetric_kl"
+    return request.param

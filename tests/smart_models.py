@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 VOCABULARY, FEATURES, HIDDEN, CLASSES = 13, 4, 5, 3
+both_modes = pytest.mark.parametrize("memory_efficient", [False, True], ids=["standard", "efficient"])
 
 
 class Sentence(nn.Module):
@@ -58,6 +60,12 @@ def batch(seed: int = 0, *, examples: int = 3, tokens: int = 4) -> tuple[Tensor,
     ids = torch.randint(1, VOCABULARY, (examples, tokens), generator=generator)
     padding = torch.arange(examples).remainder(tokens).unsqueeze(-1)
     return ids, (torch.arange(tokens) < tokens - padding).long()
+
+
+def noise(embeddings: Tensor) -> Tensor:
+    """Seeded: the same at every call."""
+    generator = torch.Generator().manual_seed(4)
+    return 0.01 * torch.randn(embeddings.shape, generator=generator).to(embeddings)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from teacher_models import averages, mlp, shift
 from torch import Tensor, nn
 
 from smartreg._teacher.sharing import frozen_copy, own_copy
@@ -23,26 +24,6 @@ class Tied(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.output(self.mixer(self.embedding(ids)))
-
-
-def mlp(dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).to(device, dtype)
-
-
-def shift(model: nn.Module, seed: int) -> None:
-    """Stands for an optimizer step: moves what is trained."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                step = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(0.1 * step.to(parameter))
-
-
-def averages(bregman: MomentumBregman) -> dict[str, Tensor]:
-    state = bregman.state_dict()
-    return {name.removeprefix("average."): value for name, value in state.items() if name.startswith("average.")}
 
 
 def own_bytes(bregman: MomentumBregman, model: nn.Module) -> int:
@@ -102,7 +83,7 @@ def test_lora_costs_the_adapters_alone() -> None:
     assert averages(bregman).keys() == adapters.keys()
     x = torch.randn(4, 3)
     assert bregman(lambda m: m(x), model(x)).item() == 0.0
-    shift(model, 0)
+    shift(model)
     assert bregman(lambda m: m(x), model(x)).item() > 1e-6
     bregman.update()
     for name, own in bregman.teacher.named_parameters():
@@ -119,7 +100,7 @@ def test_a_parameter_thawed_later_is_unshared_at_the_next_call_and_averaged_from
     start = model[0].weight.detach().clone()
     assert bregman.teacher[0].weight.data_ptr() != model[0].weight.data_ptr()
     assert torch.equal(bregman.teacher[0].weight, start)
-    shift(model, 0)
+    shift(model)
     assert torch.equal(bregman.teacher[0].weight, start)
     bregman.update()
     torch.testing.assert_close(bregman.teacher[0].weight, start.lerp(model[0].weight.detach(), 0.5))
@@ -130,7 +111,7 @@ def test_a_parameter_thawed_without_a_call_is_an_error_that_moves_nothing() -> N
     model[0].requires_grad_(False)
     bregman = MomentumBregman(model, beta=0.5)
     model[0].requires_grad_(True)
-    shift(model, 0)
+    shift(model)
     before = averages(bregman)
     with pytest.raises(RuntimeError, match=r"trains parameters that were frozen.* 0\.bias, 0\.weight\. .*unfreezing"):
         bregman.update()
@@ -143,7 +124,7 @@ def test_a_parameter_thawed_without_a_call_is_an_error_that_moves_nothing() -> N
 def test_a_parameter_frozen_later_keeps_converging() -> None:
     model = mlp()
     bregman = MomentumBregman(model, beta=0.5)
-    shift(model, 0)
+    shift(model)
     model[0].requires_grad_(False)
     distance = [(bregman.teacher[0].weight - model[0].weight).abs().max().item()]
     for _ in range(3):
@@ -159,7 +140,7 @@ def test_freezing_and_thawing_again_is_no_error() -> None:
     model[0].requires_grad_(False)
     bregman.update()
     model[0].requires_grad_(True)
-    shift(model, 0)
+    shift(model)
     bregman.update()
     assert bregman.updates == 2
 
@@ -225,7 +206,7 @@ def test_tied_weights_stay_tied(given_teacher: bool) -> None:
     model = Tied()
     bregman = MomentumBregman(model, beta=0.5, teacher=copy.deepcopy(model) if given_teacher else None)
     start = model.embedding.weight.detach().clone()
-    shift(model, 0)
+    shift(model)
     bregman.update()
     teacher = bregman.teacher
     assert teacher.output.weight is teacher.embedding.weight

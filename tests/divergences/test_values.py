@@ -11,10 +11,10 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from divergence_cases import ALL, BLOCKS, OVER_CLASSES, leaves, logits, pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smartreg._divergences import blockwise, positions
 from smartreg.divergences import (
     BUILTIN,
     binary_symmetric_kl,
@@ -26,36 +26,6 @@ from smartreg.divergences import (
     resolve_divergence,
     symmetric_kl,
 )
-
-OVER_CLASSES = ("symmetric_kl", "kl", "jensen_shannon", "hellinger")
-OVER_ELEMENTS = ("binary_symmetric_kl", "mse")
-ALL = OVER_CLASSES + OVER_ELEMENTS
-BLOCKS = "symmetric_kl in blocks"
-
-
-@pytest.fixture(params=[*ALL, BLOCKS])
-def name(request, monkeypatch):
-    """The name of a divergence; `symmetric_kl` a second time in blocks so small that every test has several."""
-    if request.param == BLOCKS:
-        monkeypatch.setattr(positions, "_BLOCKWISE_FROM", 1)
-        monkeypatch.setattr(blockwise, "_block_elements", lambda device: 10)
-        return "symmetric_kl"
-    return request.param
-
-
-def logits(*shape, seed=0, scale=1.0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def pair(*shape, distance=1.0, dtype=torch.float64):
-    a = logits(*shape, dtype=dtype)
-    return a, a + logits(*shape, seed=1, scale=distance, dtype=dtype)
-
-
-def leaves(*tensors):
-    return tuple(tensor.clone().requires_grad_() for tensor in tensors)
-
 
 # Values
 

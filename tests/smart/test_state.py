@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import CLASSES, FEATURES, VOCABULARY, batch
+from smart_models import CLASSES, FEATURES, VOCABULARY, batch, both_modes
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, symmetric_kl
 
 IDS, _ = batch(examples=4, tokens=5)
-both_modes = pytest.mark.parametrize("memory_efficient", [False, True], ids=["standard", "efficient"])
 
 
 class Stateful(nn.Module):

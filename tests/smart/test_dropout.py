@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import CLASSES, FEATURES, VOCABULARY, Sentence, batch, build, perturbations
+from smart_models import CLASSES, FEATURES, VOCABULARY, Sentence, batch, both_modes, build, perturbations
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from smartreg import SmartLoss, smoothness_penalty
 
 IDS, MASK = batch(examples=4, tokens=5)
-both_modes = pytest.mark.parametrize("memory_efficient", [False, True], ids=["standard", "efficient"])
 
 
 class Attentive(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from teacher_models import mlp, shift
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -15,18 +16,6 @@ from smartreg._wrappers import innermost
 from smartreg.bregman import MomentumBregman
 
 X = torch.ones(2, 3)
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
-
-
-def shift(model: nn.Module, by: float = 1.0) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(by)
 
 
 @pytest.fixture
@@ -98,7 +87,7 @@ class Inner(nn.Module):
         return torch.tanh(self.linear(x))
 
 
-class Net(nn.Module):
+class Outer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -113,7 +102,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("called_before", [False, True])
 def test_compiled_teachers_are_seen_to_run_and_not_compiled_again(how: str, called_before: bool) -> None:
     torch._dynamo.reset()
-    model, teacher = Net(), Net()
+    model, teacher = Outer(), Outer()
     counter = torch._dynamo.testing.CompileCounter()
     if how == "wrapped":
         teacher = torch.compile(teacher, backend=counter)
@@ -129,8 +118,8 @@ def test_compiled_teachers_are_seen_to_run_and_not_compiled_again(how: str, call
     bregman = MomentumBregman(model, beta=0.5, teacher=teacher, divergence="mse")
     assert bregman.teacher is teacher
     frames = []
-    for _ in range(4):
-        shift(model, 0.1)
+    for step in range(4):
+        shift(model, step)
         assert bregman(lambda m: m(X), model(X)).item() > 0
         bregman.update()
         frames.append(counter.frame_count)
@@ -141,7 +130,7 @@ def test_compiled_teachers_are_seen_to_run_and_not_compiled_again(how: str, call
             bregman(lambda m: model(X), model(X))
 
 
-def train(model: nn.Module, bregman: MomentumBregman) -> list[float]:
+def train_beside_the_teacher(model: nn.Module, bregman: MomentumBregman) -> list[float]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     penalties = []
     for _ in range(3):
@@ -167,14 +156,14 @@ def test_sharded_teacher_built_first(process_group: None) -> None:
     whole[0].bias.requires_grad_(False)
     model, teacher = copy.deepcopy(whole), copy.deepcopy(whole)
     reference = MomentumBregman(whole, beta=0.5, divergence="mse")
-    expected = train(whole, reference)
+    expected = train_beside_the_teacher(whole, reference)
     assert expected[-1] > 1e-3
     for module in (model, teacher):
         fully_shard(module[2], mesh=init_device_mesh("cpu", (1,)))
         fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
     bregman = MomentumBregman(model, beta=0.5, teacher=teacher, divergence="mse")
     assert "average.0.bias" in bregman.state_dict()  # equal here, but the shards of other processes might not be
-    assert train(model, bregman) == pytest.approx(expected, rel=1e-6)
+    assert train_beside_the_teacher(model, bregman) == pytest.approx(expected, rel=1e-6)
     for one, other in ((model, whole), (bregman.teacher, reference.teacher)):
         for name, parameter in one.named_parameters():
             assert isinstance(parameter, DTensor), name

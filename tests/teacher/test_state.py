@@ -11,31 +11,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from teacher_models import normed, train
 from torch import Tensor, nn
 
 from smartreg.bregman import MomentumBregman, paper_beta
-
-X = torch.tensor([[1.0, -2.0, 0.5], [0.0, 1.0, 3.0]])
-TARGET = torch.tensor([0, 1])
-
-
-def net(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
-
-
-def train(model: nn.Module, bregman: MomentumBregman, steps: int) -> None:
-    """Without state of its own, so that the weights and the teacher are all there is to resume."""
-    for _ in range(steps):
-        outputs = model(X.to(model[0].weight.dtype))
-        penalty = bregman(lambda m: m(X.to(m[0].weight.dtype)), outputs)
-        (nn.functional.cross_entropy(outputs, TARGET) + penalty).backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.sub_(0.3 * parameter.grad)
-                    parameter.grad = None
-        bregman.update()
 
 
 def assert_same(first: nn.Module, second: nn.Module) -> None:
@@ -65,7 +44,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     save: Callable[..., dict[str, Tensor]], dtype: torch.dtype, frozen: list[str], tmp_path: Path
 ) -> None:
     def make(seed: int) -> tuple[nn.Module, MomentumBregman]:
-        model = net(seed).to(dtype)
+        model = normed(seed).to(dtype)
         for name in frozen:
             model.get_parameter(name).requires_grad_(False)
         return model, MomentumBregman(model, beta=paper_beta(40))
@@ -89,7 +68,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 
 def test_the_state_holds_the_averages_the_counter_and_nothing_of_what_is_shared() -> None:
-    model = net()
+    model = normed()
     model[0].requires_grad_(False)
     bregman = MomentumBregman(model)
     bregman.update()
@@ -102,7 +81,7 @@ def test_the_state_holds_the_averages_the_counter_and_nothing_of_what_is_shared(
 
 
 def test_a_state_is_a_copy() -> None:
-    model = net()
+    model = normed()
     bregman = MomentumBregman(model)
     state = bregman.state_dict()
     before = copy.deepcopy(state)
@@ -115,7 +94,7 @@ def test_a_state_is_a_copy() -> None:
 
 
 def test_resume_of_a_run_that_froze_and_thawed() -> None:
-    model = net(0)
+    model = normed(0)
     model[2].requires_grad_(False)
     bregman = MomentumBregman(model, beta=0.5)
     model[2].requires_grad_(True)
@@ -126,7 +105,7 @@ def test_resume_of_a_run_that_froze_and_thawed() -> None:
     assert bytes(state["shared_names"].tolist()) == b""
     train(model, bregman, 3)
 
-    resumed = net(1)
+    resumed = normed(1)
     resumed.load_state_dict(weights)
     resumed[0].requires_grad_(False)
     again = MomentumBregman(resumed, beta=0.5)
@@ -139,7 +118,7 @@ def test_resume_of_a_run_that_froze_and_thawed() -> None:
 
 def test_resume_of_a_run_saved_before_what_it_shared_was_thawed() -> None:
     """Gradual unfreezing: saved at the end of an epoch, thawed at the start of the next, which is where one resumes."""
-    model = net(0)
+    model = normed(0)
     model[0].requires_grad_(False)
     bregman = MomentumBregman(model, beta=0.5)
     train(model, bregman, 2)
@@ -147,7 +126,7 @@ def test_resume_of_a_run_saved_before_what_it_shared_was_thawed() -> None:
     model[0].requires_grad_(True)
     train(model, bregman, 3)
 
-    resumed = net(1)
+    resumed = normed(1)
     again = MomentumBregman(resumed, beta=0.5)
     again.load_state_dict(state)
     resumed.load_state_dict(weights)
@@ -157,7 +136,7 @@ def test_resume_of_a_run_saved_before_what_it_shared_was_thawed() -> None:
 
 
 def test_what_a_loaded_state_shares_is_no_longer_kept_twice() -> None:
-    model = net().bfloat16()
+    model = normed().bfloat16()
     model[0].requires_grad_(False)
     state = MomentumBregman(model).state_dict()
     model[0].requires_grad_(True)
@@ -183,7 +162,7 @@ def drop(name: str) -> Callable[[dict[str, Any]], Any]:
     ],
 )
 def test_a_state_that_does_not_fit_is_an_error_that_names_why(change: Callable[..., Any], message: str) -> None:
-    model = net()
+    model = normed()
     model[0].requires_grad_(False)
     bregman = MomentumBregman(model)
     train(model, bregman, 2)
@@ -200,7 +179,7 @@ def test_the_state_of_something_that_holds_it() -> None:
     class Holder(nn.Module):
         def __init__(self, seed: int) -> None:
             super().__init__()
-            self.model = net(seed)
+            self.model = normed(seed)
             self.bregman = MomentumBregman(self.model, beta=0.5)
 
     holder = Holder(0)
@@ -220,7 +199,7 @@ def test_the_state_of_something_that_holds_it() -> None:
 
 
 def test_pickle_and_deepcopy_of_model_and_teacher_go_on_alike() -> None:
-    model = net()
+    model = normed()
     model[0].requires_grad_(False)
     bregman = MomentumBregman(model, beta=0.5)
     train(model, bregman, 2)
@@ -262,12 +241,12 @@ def test_a_copy_looks_at_its_own_model() -> None:
 
 
 def test_copy_to_another_model_and_back_into_the_model_itself() -> None:
-    model = net()
+    model = normed()
     model[0].requires_grad_(False)
     bregman = MomentumBregman(model, beta=0.5)
     train(model, bregman, 3)
     expected = copy.deepcopy(bregman.teacher.state_dict())
-    other = net(1)
+    other = normed(1)
     flags = [parameter.requires_grad for parameter in other.parameters()]
     bregman.copy_to(other)
     assert_same(other, bregman.teacher)
@@ -281,22 +260,22 @@ def test_copy_to_another_model_and_back_into_the_model_itself() -> None:
 
 
 def test_copy_to_right_after_something_was_thawed() -> None:
-    model = net()
+    model = normed()
     model[0].requires_grad_(False)
     bregman = MomentumBregman(model, beta=0.5)
     model[0].requires_grad_(True)
     train(model, bregman, 2)
-    other = net(1)
+    other = normed(1)
     bregman.copy_to(other)
     assert_same(other, bregman.teacher)
     assert not torch.equal(other[0].weight, model[0].weight)
 
 
 def test_copy_to_a_wider_model_gives_the_average_itself() -> None:
-    model = net().bfloat16()
+    model = normed().bfloat16()
     bregman = MomentumBregman(model)
     train(model, bregman, 3)
-    wide = net(1)
+    wide = normed(1)
     bregman.copy_to(wide)
     for name, parameter in wide.named_parameters():
         assert torch.equal(parameter, bregman.state_dict()[f"average.{name}"])
@@ -304,8 +283,8 @@ def test_copy_to_a_wider_model_gives_the_average_itself() -> None:
 
 
 def test_copy_to_a_model_of_other_parameters_changes_nothing() -> None:
-    bregman = MomentumBregman(net(0))
-    other = net(1)
+    bregman = MomentumBregman(normed(0))
+    other = normed(1)
     other[2] = nn.Linear(5, 3)
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match=r"model must have the parameters of the teacher: of another shape: 2\.bias"):

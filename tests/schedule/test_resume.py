@@ -4,34 +4,16 @@ import copy
 import io
 import pickle
 import warnings
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from schedule_tools import optimizer_of, rates_of, take
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, SequentialLR
 
 from smartreg._warnings import SmartWarning
 from smartreg.schedule import SlantedTriangle, SlantedTriangularLR
-
-
-def optimizer_of(*rates: float, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD([{"params": [nn.Parameter(torch.ones(2))], "lr": rate} for rate in rates], lr=1.0, **options)
-
-
-def rates_of(optimizer: torch.optim.Optimizer) -> list[float]:
-    return [float(group["lr"]) for group in optimizer.param_groups]
-
-
-def take(optimizer: torch.optim.Optimizer, scheduler: SlantedTriangularLR, steps: int) -> list[list[float]]:
-    """The rates that `steps` optimizer steps ran at."""
-    rates = []
-    for _ in range(steps):
-        rates.append(rates_of(optimizer))
-        optimizer.step()
-        scheduler.step()
-    return rates
 
 
 @pytest.mark.parametrize("order", ["optimizer first", "scheduler first", "scheduler alone"])

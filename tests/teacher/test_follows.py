@@ -4,23 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from teacher_models import mlp, shift
 from torch import Tensor, nn
 
 from smartreg.bregman import MomentumBregman
 
 X = torch.ones(2, 3)
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
-
-
-def shift(model: nn.Module, by: float = 1.0) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(by)
 
 
 # Buffers

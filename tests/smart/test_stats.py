@@ -5,18 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import FEATURES, Sentence, batch, build, gradients, perturbations
+from smart_models import FEATURES, Sentence, batch, both_modes, build, gradients, noise, perturbations
 from torch import Tensor
 
 from smartreg import SmartLoss, symmetric_kl
 
 IDS, MASK = batch(examples=4, tokens=5)
-both_modes = pytest.mark.parametrize("memory_efficient", [False, True], ids=["standard", "efficient"])
-
-
-def noise(embeddings: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(4)
-    return 0.01 * torch.randn(embeddings.shape, generator=generator).to(embeddings)
 
 
 @both_modes

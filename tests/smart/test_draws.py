@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import CLASSES, FEATURES, VOCABULARY
+from smart_models import CLASSES, FEATURES, VOCABULARY, both_modes
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
@@ -25,7 +25,6 @@ TOKENS = 64
 LARGE = WORTHWHILE_ENTRIES // (TOKENS * FEATURES)
 IDS = torch.randint(VOCABULARY, (LARGE, TOKENS), generator=torch.Generator().manual_seed(3))
 SMALL = IDS[: LARGE // 2]
-both_modes = pytest.mark.parametrize("memory_efficient", [False, True], ids=["standard", "efficient"])
 needs_modes_beside_compile = pytest.mark.skipif(
     not RememberedDraws.available(), reason="this torch would switch torch.compile off in such a block"
 )

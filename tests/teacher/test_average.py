@@ -8,6 +8,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from teacher_models import averages, mlp, shift
 from torch import Tensor, nn
 
 from smartreg.bregman import MomentumBregman
@@ -20,28 +21,8 @@ DEVICES = [
 ]
 
 
-def mlp(dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).to(device, dtype)
-
-
-def shift(model: nn.Module, seed: int) -> None:
-    """Stands for an optimizer step: moves what is trained."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                step = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(0.1 * step.to(parameter))
-
-
 def arrays(module: nn.Module) -> dict[str, np.ndarray]:
     return {name: p.detach().double().cpu().numpy().copy() for name, p in module.named_parameters()}
-
-
-def averages(bregman: MomentumBregman) -> dict[str, Tensor]:
-    state = bregman.state_dict()
-    return {name.removeprefix("average."): value for name, value in state.items() if name.startswith("average.")}
 
 
 # The average

@@ -4,30 +4,9 @@ import math
 
 import pytest
 import torch
+from divergence_cases import BLOCKS, OVER_CLASSES, leaf_pair, pair
 
-from smartreg._divergences import blockwise, positions
 from smartreg.divergences import BUILTIN, binary_symmetric_kl, hellinger, jensen_shannon, kl, mse, symmetric_kl
-
-BLOCKS = "symmetric_kl in blocks"
-OVER_CLASSES = ["symmetric_kl", "kl", "jensen_shannon", "hellinger", BLOCKS]
-
-
-@pytest.fixture(params=[*BUILTIN, BLOCKS])
-def name(request, monkeypatch):
-    """The name of a divergence; `symmetric_kl` a second time in blocks so small that every test has several."""
-    if request.param == BLOCKS:
-        monkeypatch.setattr(positions, "_BLOCKWISE_FROM", 1)
-        monkeypatch.setattr(blockwise, "_block_elements", lambda device: 10)
-        return "symmetric_kl"
-    return request.param
-
-
-def pair(*shape, distance=1.0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    b = a + distance * torch.randn(*shape, generator=generator, dtype=torch.float64)
-    return a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
-
 
 # Derivatives
 
@@ -35,7 +14,7 @@ def pair(*shape, distance=1.0, dtype=torch.float64):
 @pytest.mark.parametrize("distance", [1.0, 5.0])
 @pytest.mark.parametrize("masked", [False, True])
 def test_first_and_second_derivatives(name, distance, masked):
-    a, b = pair(3, 4, distance=distance)
+    a, b = leaf_pair(3, 4, distance=distance)
     positions = (3,) if name in OVER_CLASSES else (3, 1)
     mask = torch.tensor([1, 0, 1]).view(positions) if masked else None
 
@@ -48,7 +27,7 @@ def test_first_and_second_derivatives(name, distance, masked):
 
 @pytest.mark.parametrize("name", ["symmetric_kl", BLOCKS], indirect=True)
 def test_gradients_reach_only_the_argument_that_asks(name):
-    a, b = pair(4, 5)
+    a, b = leaf_pair(4, 5)
     both = torch.autograd.grad(symmetric_kl(a, b), (a, b))
     for index, arguments in enumerate([(a, b.detach()), (a.detach(), b)]):
         value = symmetric_kl(*arguments)
@@ -57,7 +36,7 @@ def test_gradients_reach_only_the_argument_that_asks(name):
 
 @pytest.mark.parametrize("name", ["symmetric_kl", BLOCKS], indirect=True)
 def test_a_retained_graph_gives_the_same_gradients_again(name):
-    a, b = pair(4, 5)
+    a, b = leaf_pair(4, 5)
     value = symmetric_kl(a, b)
     first = torch.autograd.grad(2.0 * value, (a, b), retain_graph=True)
     kept = [gradient.clone() for gradient in first]
@@ -71,7 +50,7 @@ def test_a_retained_graph_gives_the_same_gradients_again(name):
 
 @pytest.mark.parametrize("name", ["symmetric_kl", BLOCKS], indirect=True)
 def test_positions_are_weighted_by_what_comes_from_above(name):
-    a, b = pair(4, 5)
+    a, b = leaf_pair(4, 5)
     weights = torch.tensor([1.0, 0.0, -2.0, 0.5], dtype=torch.float64)
     gradient = torch.autograd.grad(symmetric_kl(a, b, reduction="none"), a, weights)[0]
     for position in range(4):
@@ -80,7 +59,7 @@ def test_positions_are_weighted_by_what_comes_from_above(name):
 
 
 def test_second_derivatives_do_not_feel_masked_positions(name):
-    a, b = pair(3, 4)
+    a, b = leaf_pair(3, 4)
     clean = torch.autograd.grad(BUILTIN[name](a[:2], b[:2]), a, create_graph=True)[0]
     expected = torch.autograd.grad(clean.square().sum(), a)[0]
     with torch.no_grad():
@@ -92,7 +71,7 @@ def test_second_derivatives_do_not_feel_masked_positions(name):
 
 @pytest.mark.parametrize("name", ["symmetric_kl", BLOCKS], indirect=True)
 def test_function_transforms(name):
-    a, b = (tensor.detach() for tensor in pair(3, 4, 5))
+    a, b = pair(3, 4, 5)
     mask = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
 
     def masked(a, b, mask):
@@ -114,14 +93,14 @@ def test_function_transforms(name):
 
 @pytest.mark.parametrize("name", [BLOCKS], indirect=True)
 def test_a_compiled_function_takes_the_plain_formula(name):
-    a, b = pair(4, 5)
+    a, b = leaf_pair(4, 5)
     compiled = torch.compile(symmetric_kl, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(a, b), symmetric_kl(a, b))
     torch._dynamo.reset()
 
 
 def test_without_a_graph(name):
-    a, b = pair(4, 5)
+    a, b = leaf_pair(4, 5)
     expected = BUILTIN[name](a, b)
     with torch.no_grad():
         value = BUILTIN[name](a, b)
@@ -137,7 +116,7 @@ def test_without_a_graph(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("distance", [1.0, 0.05])
 def test_half_precision_is_computed_in_float32(name, dtype, distance):
-    a, b = pair(40, 7, distance=distance, dtype=dtype)
+    a, b = leaf_pair(40, 7, distance=distance, dtype=dtype)
     wide_a, wide_b = (tensor.detach().float().requires_grad_() for tensor in (a, b))
     value, expected = BUILTIN[name](a, b), BUILTIN[name](wide_a, wide_b)
     assert value.dtype == torch.float32
@@ -153,7 +132,7 @@ def test_half_precision_is_computed_in_float32(name, dtype, distance):
 
 @pytest.mark.parametrize("name", ["symmetric_kl", BLOCKS], indirect=True)
 def test_a_half_beside_a_float32_is_scaled_before_it_is_rounded(name):
-    a, b = (tensor.detach() for tensor in pair(40, 7, dtype=torch.float32))
+    a, b = pair(40, 7, dtype=torch.float32)
     a = a.half().requires_grad_()
     b = (a.detach() + 1e-6 * b).requires_grad_()  # gradients near the smallest float16, 6e-8, but for the scale
     wide = a.detach().float().requires_grad_()
@@ -163,7 +142,7 @@ def test_a_half_beside_a_float32_is_scaled_before_it_is_rounded(name):
 
 
 def test_dtypes_promote_and_float64_stays(name):
-    a, b = (tensor.detach() for tensor in pair(4, 5))
+    a, b = pair(4, 5)
     assert BUILTIN[name](a, b).dtype == torch.float64
     assert BUILTIN[name](a.float(), b).dtype == torch.float64
     assert BUILTIN[name](a.float(), b.bfloat16()).dtype == torch.float32
@@ -175,7 +154,7 @@ def test_dtypes_promote_and_float64_stays(name):
 
 def test_autocast_changes_nothing(name):
     for dtype in (torch.float32, torch.float64):
-        a, b = pair(4, 5, distance=1e-3, dtype=dtype)
+        a, b = leaf_pair(4, 5, distance=1e-3, dtype=dtype)
         expected = BUILTIN[name](a, b)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             value = BUILTIN[name](a, b)
@@ -188,11 +167,11 @@ def test_autocast_changes_nothing(name):
 # Infinite logits
 
 
-@pytest.mark.parametrize("name", OVER_CLASSES, indirect=True)
+@pytest.mark.parametrize("name", [*OVER_CLASSES, BLOCKS], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("level", [0.0, -2e4])
 def test_a_class_masked_out_of_both_contributes_nothing(name, dtype, level):
-    a, b = (tensor.detach().add(level).requires_grad_() for tensor in pair(3, 4, dtype=dtype))
+    a, b = (tensor.add(level).requires_grad_() for tensor in pair(3, 4, dtype=dtype))
     minus_inf = torch.full((3, 2), -math.inf, dtype=dtype)
     wide = [torch.cat([tensor.detach(), minus_inf], dim=-1).requires_grad_() for tensor in (a, b)]
     value, expected = BUILTIN[name](*wide), BUILTIN[name](a, b)
@@ -202,9 +181,9 @@ def test_a_class_masked_out_of_both_contributes_nothing(name, dtype, level):
         assert (gradient[:, 4:] == 0).all()
 
 
-@pytest.mark.parametrize("name", OVER_CLASSES, indirect=True)
+@pytest.mark.parametrize("name", [*OVER_CLASSES, BLOCKS], indirect=True)
 def test_a_position_of_nothing_but_minus_inf_is_zero(name):
-    a, b = pair(3, 4)
+    a, b = leaf_pair(3, 4)
     with torch.no_grad():
         a[1], b[1] = -math.inf, -math.inf
     values = BUILTIN[name](a, b, reduction="none")
@@ -239,10 +218,10 @@ def test_gradients_are_finite_where_the_value_is(name):
     assert torch.isfinite(torch.autograd.grad(BUILTIN[name](a, b), a)[0]).all()
 
 
-@pytest.mark.parametrize("name", OVER_CLASSES, indirect=True)
+@pytest.mark.parametrize("name", [*OVER_CLASSES, BLOCKS], indirect=True)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nan_and_plus_inf_are_not_hidden(name, bad):
-    a, b = (tensor.detach() for tensor in pair(3, 4))
+    a, b = pair(3, 4)
     a[1, 2] = bad
     for arguments in ((a, b), (b, a), (a, a)):
         values = BUILTIN[name](*arguments, reduction="none")
@@ -275,7 +254,7 @@ def test_infinite_bernoulli_logits():
     ],
 )
 def test_any_memory_layout(name, view):
-    a, b = pair(3, 4, 6)
+    a, b = leaf_pair(3, 4, 6)
     dense = [view(tensor).detach().clone(memory_format=torch.contiguous_format).requires_grad_() for tensor in (a, b)]
     value, expected = BUILTIN[name](view(a), view(b)), BUILTIN[name](*dense)
     torch.testing.assert_close(value, expected)
@@ -289,7 +268,7 @@ def test_any_memory_layout(name, view):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_cuda_equals_cpu(name, dtype):
-    a, b = pair(33, 500, dtype=dtype)
+    a, b = leaf_pair(33, 500, dtype=dtype)
     there = [tensor.detach().cuda().requires_grad_() for tensor in (a, b)]
     value, expected = BUILTIN[name](*there), BUILTIN[name](a, b)
     torch.testing.assert_close(value.cpu(), expected, rtol=1e-5, atol=0.0)

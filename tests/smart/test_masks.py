@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import FEATURES, Sentence, batch, build, perturbations
+from smart_models import FEATURES, Sentence, batch, build, noise, perturbations
 from torch import Tensor
 
 from smartreg import SmartLoss
@@ -27,11 +27,6 @@ class Leaking(Sentence):
 def leaking() -> Leaking:
     torch.manual_seed(0)
     return Leaking().double()
-
-
-def noise(embeddings: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(4)
-    return 0.01 * torch.randn(embeddings.shape, generator=generator).to(embeddings)
 
 
 @pytest.mark.parametrize("given", [None, noise], ids=["drawn", "given"])

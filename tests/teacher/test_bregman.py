@@ -6,39 +6,12 @@ from typing import Any
 import pytest
 import reference
 import torch
+from teacher_models import Net, X, shift
 from torch import Tensor, nn
 
 from smartreg.bregman import MomentumBregman
 from smartreg.divergences import symmetric_kl
 from smartreg.smart import SmartLoss
-
-X = torch.tensor([[1.0, -2.0, 0.5], [0.0, 1.0, 3.0]])
-
-
-class Net(nn.Module):
-    """With dropout, batch statistics, and a method that is not forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.hidden = nn.Linear(3, 6)
-        self.norm = nn.BatchNorm1d(6)
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encode(x))
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self.dropout(self.norm(self.hidden(x)))
-
-
-def shift(model: nn.Module, by: float = 0.1) -> None:
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(by * torch.randn_like(parameter))
-
 
 # Value and gradient
 

@@ -5,35 +5,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from teacher_models import X, normed, train
 from torch import nn
 
 from smartreg.bregman import MomentumBregman
 
-X = torch.tensor([[1.0, -2.0, 0.5], [0.0, 1.0, 3.0]])
-TARGET = torch.tensor([0, 1])
-
-
-def net(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
-
-
-def train(model: nn.Module, bregman: MomentumBregman, steps: int) -> None:
-    """Without state of its own, so that the weights and the teacher are all there is to resume."""
-    for _ in range(steps):
-        outputs = model(X.to(model[0].weight.dtype))
-        penalty = bregman(lambda m: m(X.to(m[0].weight.dtype)), outputs)
-        (nn.functional.cross_entropy(outputs, TARGET) + penalty).backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.sub_(0.3 * parameter.grad)
-                    parameter.grad = None
-        bregman.update()
-
 
 def test_a_teacher_passed_in_is_used_unchanged() -> None:
-    model, teacher = net(0), net(1)
+    model, teacher = normed(0), normed(1)
     before = copy.deepcopy(teacher.state_dict())
     bregman = MomentumBregman(model, teacher=teacher, beta=0.5)
     assert bregman.teacher is teacher
@@ -48,7 +27,7 @@ def test_a_teacher_passed_in_is_used_unchanged() -> None:
 
 
 def test_frozen_parameters_of_a_teacher_passed_in_are_shared_where_equal_and_kept_where_not() -> None:
-    model = net(0)
+    model = normed(0)
     teacher = copy.deepcopy(model)
     with torch.no_grad():
         teacher[0].bias.add_(1)
@@ -63,7 +42,7 @@ def test_frozen_parameters_of_a_teacher_passed_in_are_shared_where_equal_and_kep
 
 
 def test_a_frozen_parameter_held_by_both_is_shared_and_not_frozen_for_ever() -> None:
-    model = net(0)
+    model = normed(0)
     model[0].requires_grad_(False)
     teacher = copy.deepcopy(model)
     teacher[0].weight = model[0].weight
@@ -77,7 +56,7 @@ def test_a_frozen_parameter_held_by_both_is_shared_and_not_frozen_for_ever() -> 
 
 
 def test_a_wider_teacher_keeps_its_precision() -> None:
-    model, teacher = net(0).bfloat16(), net(1)
+    model, teacher = normed(0).bfloat16(), normed(1)
     before = teacher[0].weight.detach().clone()
     bregman = MomentumBregman(model, teacher=teacher)
     assert bregman.teacher[0].weight.dtype == torch.bfloat16
@@ -85,24 +64,24 @@ def test_a_wider_teacher_keeps_its_precision() -> None:
 
 
 def test_a_wrapped_teacher_pairs_with_a_plain_model() -> None:
-    model, teacher = net(0), torch.compile(net(1), backend="eager")
+    model, teacher = normed(0), torch.compile(normed(1), backend="eager")
     bregman = MomentumBregman(model, teacher=teacher, beta=0)
     bregman.update()
     assert torch.equal(teacher._orig_mod[0].weight, model[0].weight)
 
 
 def without_bias() -> nn.Module:
-    teacher = net()
+    teacher = normed()
     teacher[2].bias = None
     return teacher
 
 
 def with_extra() -> nn.Module:
-    return net().append(nn.Linear(2, 2))
+    return normed().append(nn.Linear(2, 2))
 
 
 def of_another_shape() -> nn.Module:
-    teacher = net()
+    teacher = normed()
     teacher[2] = nn.Linear(5, 3)
     return teacher
 
@@ -117,11 +96,11 @@ def of_another_shape() -> nn.Module:
 )
 def test_names_and_shapes_of_the_teacher_must_match(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MomentumBregman(net(), teacher=make())
+        MomentumBregman(normed(), teacher=make())
 
 
 def test_a_teacher_that_is_the_model_is_refused() -> None:
-    model = net()
+    model = normed()
     with pytest.raises(ValueError, match="another module than model, got the model itself"):
         MomentumBregman(model, teacher=model)
     with pytest.raises(ValueError, match="another module than model, got the model itself"):

@@ -1,6 +1,6 @@
-"""What every rank of `test_integration_distributed.py` runs; each check compares with one process and the whole batch.
+"""What every rank of `test_distributed.py` runs; each check compares with one process and the whole batch.
 
-Run on its own with `torchrun --nproc-per-node 2 tests/distributed_checks.py FOLDER`, which writes one JSON file a rank.
+Run on its own with `torchrun --nproc-per-node 2 tests/integrations/distributed_checks.py FOLDER`: one JSON file a rank.
 """
 
 import contextlib

@@ -10,34 +10,10 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from teacher_models import Net, shift
+from torch import nn
 
 from smartreg.bregman import MomentumBregman, paper_beta
-
-
-class Net(nn.Module):
-    """With dropout, batch statistics, and a method that is not forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.hidden = nn.Linear(3, 6)
-        self.norm = nn.BatchNorm1d(6)
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encode(x))
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self.dropout(self.norm(self.hidden(x)))
-
-
-def shift(model: nn.Module, by: float = 0.1) -> None:
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(by * torch.randn_like(parameter))
 
 
 def test_beta_may_be_a_function_of_the_update() -> None:

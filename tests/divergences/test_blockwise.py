@@ -4,24 +4,18 @@ import math
 
 import pytest
 import torch
+from divergence_cases import leaf_pair, pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smartreg._divergences import blockwise, formulas, positions
 from smartreg.divergences import symmetric_kl
 
 
-def pair(*shape, distance=1.0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    b = a + distance * torch.randn(*shape, generator=generator, dtype=torch.float64)
-    return a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
-
-
 @pytest.mark.parametrize("distance", [1e-6, 1e-3, 1.0, 100.0])
 @pytest.mark.parametrize("elements", [1, 35, 64, 10**6])
 def test_blocks_equal_the_formula(distance, elements, monkeypatch):
     monkeypatch.setattr(blockwise, "_block_elements", lambda device: elements)
-    a, b = pair(5, 3, 7, distance=distance)
+    a, b = leaf_pair(5, 3, 7, distance=distance)
     values, expected = blockwise.blockwise_symmetric_kl(a, b, None), formulas.symmetric_kl(a, b)
     torch.testing.assert_close(values, expected, rtol=1e-8, atol=1e-30)
     weights = torch.linspace(-1, 2, 15, dtype=torch.float64).view(5, 3)
@@ -35,12 +29,12 @@ def test_blocks_are_the_way_of_large_logits_only(monkeypatch):
     original = blockwise.blockwise_symmetric_kl
     monkeypatch.setattr(positions, "blockwise_symmetric_kl", lambda *k: used.append(k[0].numel()) or original(*k))
     for count in (1, 15, 16, 64):
-        symmetric_kl(*pair(count, 256))
+        symmetric_kl(*leaf_pair(count, 256))
     assert used == [16 * 256, 64 * 256]
 
 
 def test_ordinary_blocks_on_a_cpu_never_take_the_formulas(monkeypatch):
-    a, b = pair(5, 7)
+    a, b = leaf_pair(5, 7)
     for name in ("symmetric_kl", "symmetric_kl_gradients"):
         monkeypatch.setattr(blockwise, name, lambda a, b: pytest.fail("an ordinary block went the long way"))
     value = blockwise.blockwise_symmetric_kl(a, b, None).sum()
@@ -67,7 +61,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("grads", [0, 1, 2])
 def test_nothing_but_the_gradients_is_as_large_as_the_logits(dtype, extraordinary, grads, monkeypatch):
     monkeypatch.setattr(blockwise, "_block_elements", lambda device: 1000)
-    a, b = (tensor.detach() for tensor in pair(3, 101, 100, dtype=dtype))
+    a, b = pair(3, 101, 100, dtype=dtype)
     if extraordinary:
         a[0, 0, 0], b[0, 0, 0], a[2, 4] = -math.inf, -math.inf, 100 * a[2, 4]
     a.requires_grad_(grads >= 1)

@@ -1,5 +1,6 @@
 """SMART regularization for PyTorch (Jiang et al., ACL 2020)."""
 
+from smartreg._outputs import token_mask
 from smartreg._warnings import SmartWarning
 from smartreg.bregman import MomentumBregman, paper_beta
 from smartreg.diagnosis import diagnose
@@ -26,4 +27,5 @@ __all__ = [
     "paper_beta",
     "smoothness_penalty",
     "symmetric_kl",
+    "token_mask",
 ]

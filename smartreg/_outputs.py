@@ -8,9 +8,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smartreg.divergences import Divergence, kind_of
+
 OutputToLogits = Callable[[Any], Tensor | Sequence[Tensor]]
+OutputMask = Tensor | Sequence[Tensor | None] | None
 
 _HINT = "pass output_to_logits, a function from the output of `forward` to the tensor (or tensors) to compare"
+
+
+def token_mask(labels: Tensor, *, shift: bool = False, ignore_index: int = -100) -> Tensor:
+    """Which positions of token logits have a label, for `output_mask=`.
+
+    Args:
+        labels: (batch, sequence), with `ignore_index` where there is nothing to predict, as the loss takes them.
+        shift: For causal language models, whose logits at a position predict the label of the next one: the mask of
+            logits that are not yet shifted, as the model returns them. The last position predicts nothing.
+        ignore_index: The label of positions that do not count.
+
+    Returns:
+        Booleans of the shape of `labels`.
+
+    Raises:
+        TypeError: `labels` is no tensor of integers.
+        ValueError: There is no sequence dimension to shift along.
+
+    Example:
+        >>> import torch
+        >>> from smartreg import token_mask
+        >>> labels = torch.tensor([[-100, 5, 7, -100]])
+        >>> token_mask(labels), token_mask(labels, shift=True)
+        (tensor([[False,  True,  True, False]]), tensor([[ True,  True, False, False]]))
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype is torch.bool:
+        raise TypeError(
+            f"labels must be a tensor of integers, got {getattr(labels, 'dtype', None) or type(labels).__name__}"
+        )
+    if labels.ndim < 2 and shift:
+        raise ValueError(f"labels must be (batch, sequence) to be shifted, got shape {tuple(labels.shape)}")
+    counts = labels != ignore_index
+    if not shift:
+        return counts
+    return torch.cat([counts[..., 1:], torch.zeros_like(counts[..., :1])], dim=-1)
 
 
 def check_output_to_logits(output_to_logits: object) -> None:
@@ -49,7 +87,10 @@ def compared_tensors(output: object, output_to_logits: OutputToLogits | None = N
 
 
 def divergence_of(
-    divergence: Callable[[Tensor, Tensor], Tensor], first: tuple[Tensor, ...], second: tuple[Tensor, ...]
+    divergence: Divergence,
+    first: tuple[Tensor, ...],
+    second: tuple[Tensor, ...],
+    output_mask: OutputMask = None,
 ) -> Tensor:
     """The sum of ℓ(first_k, second_k) over the compared tensors k.
 
@@ -57,13 +98,16 @@ def divergence_of(
         divergence: A function ℓ of two tensors of one shape that returns a scalar.
         first: What is passed as ℓ's first argument (perturbed, or student), from `compared_tensors`.
         second: What is passed as its second argument (clean, or teacher), of the same number and shapes.
+        output_mask: Which positions to compare; see `keep_of`. A divergence of this package gets it as its `mask`, one
+            of the user's own gets the kept positions alone, as tensors (kept, ...).
 
     Returns:
         A scalar tensor, on the graphs of both.
 
     Raises:
         TypeError: The divergence returned something else than a floating-point tensor.
-        ValueError: The divergence returned no scalar, or the two passes differ in the number or shapes of tensors.
+        ValueError: The divergence returned no scalar, the two passes differ in the number or shapes of tensors, or the
+            mask does not fit.
 
     Example:
         >>> absolute = lambda a, b: (a - b).abs().mean()
@@ -75,8 +119,45 @@ def divergence_of(
             f"two passes of one model must return the same number of tensors to compare, got {len(first)} and "
             f"{len(second)}; output_to_logits must not depend on the pass"
         )
-    terms = [_scalar(divergence, a, b) for a, b in zip(first, second, strict=True)]
+    keeps = keep_of(output_mask, first)
+    terms = [_scalar(divergence, a, b, keep) for a, b, keep in zip(first, second, keeps, strict=True)]
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+
+
+def keep_of(output_mask: OutputMask, compared: Sequence[Tensor]) -> list[Tensor | None]:
+    """For each tensor to compare booleans of its leading shape, False where a position is left out; or None.
+
+    Args:
+        output_mask: A tensor for each of `compared` whose shape is the beginning of that tensor's, (batch, sequence)
+            for token logits; 1 or True where it counts. None: all count.
+        compared: The tensors to compare.
+
+    Raises:
+        TypeError: A mask is no tensor.
+        ValueError: The number or a shape of the masks does not fit.
+    """
+    masks: Sequence[Tensor | None] = [None] * len(compared)
+    if output_mask is not None:
+        masks = [output_mask] if isinstance(output_mask, Tensor) else list(output_mask)
+    if len(masks) != len(compared):
+        raise ValueError(
+            f"output_mask must be one tensor for each tensor to compare, in order: expected {len(compared)}, "
+            f"got {len(masks)}"
+        )
+    keeps: list[Tensor | None] = []
+    for mask, tensor in zip(masks, compared, strict=True):
+        if mask is None:
+            keeps.append(None)
+            continue
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"output_mask must be a tensor of 0 and 1 or booleans, got {type(mask).__name__}")
+        if mask.ndim == 0 or mask.shape != tensor.shape[: mask.ndim]:
+            raise ValueError(
+                f"output_mask must have the leading shape of the tensor to compare, {tuple(tensor.shape)} without the "
+                f"classes, got {tuple(mask.shape)}"
+            )
+        keeps.append((mask != 0).to(tensor.device))
+    return keeps
 
 
 def _logits(output: object) -> tuple[Tensor, ...]:
@@ -117,14 +198,14 @@ def _extracted(output: object, output_to_logits: OutputToLogits) -> tuple[Tensor
     return tuple(value)
 
 
-def _scalar(divergence: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
+def _scalar(divergence: Divergence, first: Tensor, second: Tensor, keep: Tensor | None) -> Tensor:
     if first.shape != second.shape:
         # Broadcasting (8, 1) against (8,) would compare every example with every other.
         raise ValueError(
             f"two passes of one model must return tensors of one shape to compare, got {tuple(first.shape)} and "
             f"{tuple(second.shape)}"
         )
-    value = divergence(first, second)
+    value = divergence(first, second) if keep is None else _masked(divergence, first, second, keep)
     if not isinstance(value, Tensor):
         raise TypeError(f"divergence must return a scalar tensor, got {type(value).__name__}")
     if value.dim() != 0:
@@ -134,3 +215,19 @@ def _scalar(divergence: Callable[[Tensor, Tensor], Tensor], first: Tensor, secon
     if not value.is_floating_point():
         raise TypeError(f"divergence must return a floating-point tensor, got {value.dtype}")
     return value
+
+
+def _masked(divergence: Divergence, first: Tensor, second: Tensor, keep: Tensor) -> Tensor:
+    kind = kind_of(divergence)
+    if kind is None:
+        first, second = first[keep], second[keep]  # (kept, ...)
+        return divergence(first, second) if len(first) else (first.sum() + second.sum()).float()
+    positions = first.shape[:-1] if kind == "softmax" else first.shape
+    if keep.ndim > len(positions):
+        raise ValueError(
+            f"output_mask must leave out positions, not classes: expected at most {len(positions)} dimensions for "
+            f"logits of shape {tuple(first.shape)}, got {tuple(keep.shape)}"
+        )
+    keep = keep.reshape(*keep.shape, *[1] * (len(positions) - keep.ndim))
+    masked: Callable[..., Tensor] = divergence
+    return masked(first, second, mask=keep)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from smartreg._outputs import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
+from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg._teacher.parameters import listed
 from smartreg._teacher.teacher import Teacher
 from smartreg._wrappers import noting_calls
@@ -112,7 +112,14 @@ class MomentumBregman(nn.Module):
         self._teacher.follow()
         return self._teacher.module
 
-    def forward(self, forward: Forward, outputs: Any, *, divergence: str | Divergence | None = None) -> Tensor:
+    def forward(
+        self,
+        forward: Forward,
+        outputs: Any,
+        *,
+        divergence: str | Divergence | None = None,
+        output_mask: OutputMask = None,
+    ) -> Tensor:
         """The penalty D_Breg, without μ.
 
         Args:
@@ -120,6 +127,8 @@ class MomentumBregman(nn.Module):
                 with the teacher, under `no_grad`.
             outputs: What the model returned for the same batch, with its graph.
             divergence: In place of the constructor's, for a task of its own.
+            output_mask: (batch, sequence) for token outputs, 1 or True where the outputs are compared (see
+                `token_mask`); one for each tensor to compare.
 
         Returns:
             A scalar. Gradients reach `outputs` alone.
@@ -132,10 +141,15 @@ class MomentumBregman(nn.Module):
         if torch.compiler.is_compiling():
             # A compiled training step is split here: hooks and the pairing of names are not for a graph.
             eager: Callable[..., Tensor] = torch.compiler.disable(self._penalty)  # type: ignore[no-untyped-call]  # torch: no types
-            return eager(forward, outputs, divergence)
-        return self._penalty(forward, outputs, divergence)
+            return eager(forward, outputs, divergence, output_mask)
+        return self._penalty(forward, outputs, divergence, output_mask)
 
-    def _penalty(self, forward: Forward, outputs: Any, divergence: str | Divergence | None) -> Tensor:
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _penalty(
+        self, forward: Forward, outputs: Any, divergence: str | Divergence | None, output_mask: OutputMask
+    ) -> Tensor:
         if not callable(forward):
             raise TypeError(f"forward must be a function of a module, got {type(forward).__name__}")
         compare = self.divergence if divergence is None else resolve_divergence(divergence)
@@ -148,7 +162,8 @@ class MomentumBregman(nn.Module):
                 "forward never called the teacher given to it, so that the penalty would be 0 for ever: call its "
                 "argument, as in `lambda m: m(**batch)`, not the model"
             )
-        return divergence_of(compare, student, compared_tensors(teacher_outputs, self.output_to_logits))
+        teacher = compared_tensors(teacher_outputs, self.output_to_logits)
+        return divergence_of(compare, student, teacher, output_mask)
 
     def update(self) -> None:
         """Moves the teacher by one step of the average; call it after `optimizer.step()`.

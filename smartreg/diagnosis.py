@@ -18,6 +18,7 @@ from smartreg._ascent.sweep import Sweep, ratio
 from smartreg._loss_scale import LossScale
 from smartreg._model.passes import Forward, ModelPasses
 from smartreg._model.replay import ModuleState, RandomState, devices_of
+from smartreg._outputs import OutputMask
 from smartreg._wrappers import unwrapped
 from smartreg.divergences import Divergence, resolve_divergence
 from smartreg.smart import SmartLoss
@@ -39,6 +40,7 @@ def diagnose(
     mask: Masks = None,
     divergence: str | Divergence | None = None,
     epsilons: Sequence[float] | None = None,
+    output_mask: OutputMask = None,
     **options: Any,
 ) -> Diagnosis:
     r"""What each size of perturbation does to this model on this batch, and which ε to choose from.
@@ -66,6 +68,7 @@ def diagnose(
         forward: As in the call of `SmartLoss`.
         mask: As in the call of `SmartLoss`.
         divergence: A name or a function; None: `"symmetric_kl"`.
+        output_mask: As in the call of `SmartLoss`.
         epsilons: Sizes above 0, in any order, in the unit of `epsilon_scale`. None: half decades from 1e-5 to 1.
         **options: Any other argument of `SmartLoss`, such as `embedding` or `norm`.
 
@@ -100,7 +103,7 @@ def diagnose(
     smart = SmartLoss(model, divergence=resolved, epsilon=1.0, step_size=1.0, noise_std=1.0, **options)
     try:
         with _unchanged(smart):
-            sweep = _swept_batch(smart, forward, mask)
+            sweep = _swept_batch(smart, forward, Query(resolved, mask, None, output_mask))
             rows = [sweep.row(size) for size in sizes]
     finally:
         smart.remove()
@@ -123,11 +126,11 @@ def diagnose(
     )
 
 
-def _swept_batch(smart: SmartLoss, forward: Forward, mask: Masks) -> Sweep:
+def _swept_batch(smart: SmartLoss, forward: Forward, query: Query) -> Sweep:
     """The clean pass of a sweep, and what the passes around it need."""
     passes = ModelPasses(smart.model, smart._attached(), forward, smart.output_to_logits, shared_dropout=True)
     clean = passes.reference()
-    objective, balls, start = smart._begin(passes, clean, Query(smart.divergence, mask, None))
+    objective, balls, start = smart._begin(passes, clean, query)
     noise = start if smart.settings.start == "noise" else noise_start(balls, None, smart.generator)
     autocast = smart.settings.ascent_autocast
     exact = objective.reference if autocast else passes.reference_without_autocast()

@@ -17,7 +17,7 @@ from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, S
 from smartreg._ascent.start import Noise, refuse_inference_mode, warn_if_nothing_to_follow
 from smartreg._loss_scale import LossScale
 from smartreg._model.replay import RandomState, worth_remembering
-from smartreg._outputs import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
+from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg.divergences import Divergence, resolve_divergence
 from smartreg.results import SmartOutput
 
@@ -32,6 +32,7 @@ def smoothness_penalty(
     reference: Any = None,
     mask: Tensor | None = None,
     noise: Noise = None,
+    output_mask: OutputMask = None,
     divergence: str | Divergence = "symmetric_kl",
     epsilon: float = 0.15,
     step_size: float = 0.15,
@@ -62,7 +63,9 @@ def smoothness_penalty(
         reference: What `fn(embeds)` returned, if the caller has run it; made under other dropout masks than the
             perturbed passes can have, so that it needs `dropout="independent"`. None: the clean pass runs here.
         mask: (batch, ...), 1 or True where `embeds` may be perturbed.
-        noise: ν, a tensor of the shape of `embeds`, or a function from `embeds` to it. None draws it.
+        noise: The start itself, a tensor of the shape of `embeds`, or a function from `embeds` to it; with
+            `start="gradient"` u in place of it. None draws it.
+        output_mask: 1 or True at the positions of the output that are compared.
         divergence: ℓ_s. This and all that follow are as in `SmartLoss`, with the same defaults.
         epsilon: ε.
         step_size: η.
@@ -135,10 +138,10 @@ def smoothness_penalty(
     clean = _FunctionClean(compared_tensors(outputs, output_to_logits), [embeds.detach()], passes.autocast_dtype)
     # With a given reference, rounding could not be told from the dropout masks that the reference was made under.
     adversary = Adversary(settings, generator, LossScale(), _precision_of(fn) if reference is None else None)
-    found = adversary.search(passes, clean, adversary.begin(passes, clean, Query(resolved, mask, noise)))
+    found = adversary.search(passes, clean, adversary.begin(passes, clean, Query(resolved, mask, noise, output_mask)))
     fixed = tuple(tensor.detach() for tensor in clean.compared) if detach_reference else clean.compared
     with passes.perturbed(found.perturbations) as perturbed:
-        penalty = divergence_of(resolved, perturbed, fixed)
+        penalty = divergence_of(resolved, perturbed, fixed, output_mask)
     return SmartOutput(outputs, penalty)
 
 

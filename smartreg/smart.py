@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from smartreg._model.embedding import EmbeddingTap, input_embeddings
 from smartreg._model.passes import CleanPass, Forward, ModelPasses
 from smartreg._model.replay import worth_remembering
 from smartreg._model.stored_gradients import StoredGradients, graph_mark
-from smartreg._outputs import OutputToLogits, check_output_to_logits, divergence_of
+from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, divergence_of
 from smartreg._wrappers import unwrapped
 from smartreg.divergences import Divergence, name_of, resolve_divergence
 from smartreg.results import SmartOutput, SmartStats
@@ -178,6 +178,7 @@ class SmartLoss(nn.Module):
         mask: Masks = None,
         divergence: str | Divergence | None = None,
         noise: Noise = None,
+        output_mask: OutputMask = None,
     ) -> SmartOutput:
         """Run the model cleanly, search the perturbation, and compare.
 
@@ -187,14 +188,17 @@ class SmartLoss(nn.Module):
             mask: (batch, sequence), 1 or True for real tokens; padding is never perturbed. With several look-ups of the
                 embedding a sequence of masks, in their order.
             divergence: Overrides the constructor's, for multitask training.
-            noise: ν itself, a tensor of the shape of the embeddings (or one for each look-up), or a function from the
-                embeddings of a look-up to it. None draws it.
+            noise: The start itself, a tensor of the shape of the embeddings (or one for each look-up), or a function
+                from the embeddings of a look-up to it; with `start="gradient"` u in place of it, likewise for each
+                tensor to compare. None draws it.
+            output_mask: (batch, sequence) for token outputs, 1 or True where the outputs are compared (see
+                `token_mask`); one for each tensor to compare.
 
         Returns:
             `outputs`, what `forward` returned in the clean pass, and `penalty`.
 
         Raises:
-            ValueError, TypeError: `mask`, `noise` or the output of `forward` does not fit.
+            ValueError, TypeError: A mask, `noise` or the output of `forward` does not fit.
             RuntimeError: The perturbation cannot reach the model, or the mode cannot apply; it says what to do.
         """
         if not callable(forward):
@@ -216,9 +220,12 @@ class SmartLoss(nn.Module):
             shared_dropout=self.settings.dropout == "shared",
             remember_draws=self._remember_draws,
         )
-        query = Query(resolved, mask, noise)
+        query = Query(resolved, mask, noise, output_mask)
         run = self._efficient if self.memory_efficient and torch.is_grad_enabled() else self._standard
         return run(passes, query)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """What printing shows."""
@@ -239,7 +246,7 @@ class SmartLoss(nn.Module):
         reference = tuple(tensor.detach() for tensor in clean.compared) if detached else clean.compared
         bases = clean.embeddings_with_graph if share_lookups else None
         with passes.perturbed(found.perturbations, bases=bases) as perturbed:
-            penalty = divergence_of(query.divergence, perturbed, reference)
+            penalty = divergence_of(query.divergence, perturbed, reference, query.output_mask)
         self._record(found, penalty)
         return SmartOutput(clean.outputs, penalty)
 
@@ -255,7 +262,7 @@ class SmartLoss(nn.Module):
         # With a detached reference the penalty stays apart from the clean graph, as in the standard mode.
         leaves = None if detached else passes.embeddings_as_leaves()
         with passes.perturbed(found.perturbations, bases=leaves) as perturbed:
-            value = divergence_of(query.divergence, perturbed, reference)
+            value = divergence_of(query.divergence, perturbed, reference, query.output_mask)
             scale = self._loss_scale.get(value.device, *begin.objective.dtypes, *(p.dtype for p in perturbed))
             stored = StoredGradients.of(value, (*reference, *(leaves or ())), mark, scale)
         self._loss_scale.lower_on_overflow(scale, stored.all())
@@ -282,6 +289,28 @@ class SmartLoss(nn.Module):
         penalty = penalty.detach()
         start = penalty if found.start_divergence is None else found.start_divergence
         self.stats = SmartStats(penalty, start, found.largest(), found.bad_examples, found.radius_used)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The state of the generator, if there is one: without it a resumed run would draw other noise."""
+        if self.generator is not None:
+            destination[f"{prefix}generator"] = self.generator.get_state()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        *lists: list[str],
+    ) -> None:
+        unexpected, _ = lists
+        if self.generator is None:
+            unexpected.extend(key for key in state_dict if key == f"{prefix}generator")
+        elif f"{prefix}generator" in state_dict:
+            self.generator.set_state(state_dict[f"{prefix}generator"].cpu())
+        else:
+            missing.append(f"{prefix}generator")
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -30,6 +30,7 @@ NAMES = {
     "paper_beta",
     "smoothness_penalty",
     "symmetric_kl",
+    "token_mask",
 }
 SHARED = [field.name for field in dataclasses.fields(SmartSettings)]
 SHARED += ["divergence", "output_to_logits", "generator"]
@@ -71,11 +72,11 @@ def test_signatures() -> None:
     assert parameters(SmartLoss).keys() - set(SHARED) == {"model", "embedding", "memory_efficient"}
     function = parameters(smoothness_penalty)
     assert list(function)[:2] == ["fn", "embeds"]
-    assert function.keys() - set(SHARED) == {"fn", "embeds", "reference", "mask", "noise"}
+    assert function.keys() - set(SHARED) == {"fn", "embeds", "reference", "mask", "noise", "output_mask"}
     call = parameters(SmartLoss.forward)
-    assert list(call) == ["self", "forward", "mask", "divergence", "noise"]
-    assert [p.kind for p in call.values()][2:] == [inspect.Parameter.KEYWORD_ONLY] * 3
-    assert [p.default for p in call.values()][2:] == [None] * 3
+    assert list(call) == ["self", "forward", "mask", "divergence", "noise", "output_mask"]
+    assert [p.kind for p in call.values()][2:] == [inspect.Parameter.KEYWORD_ONLY] * 4
+    assert [p.default for p in call.values()][2:] == [None] * 4
 
 
 def test_defaults() -> None:

@@ -27,6 +27,7 @@ from smartreg._ascent.start import (
     noise_start,
 )
 from smartreg._loss_scale import LossScale
+from smartreg._outputs import OutputMask, keep_of
 from smartreg.divergences import Divergence, kind_of
 
 
@@ -62,11 +63,12 @@ class Passes(Protocol):
 
 
 class Query(NamedTuple):
-    """What a call asks for: ℓ, where there is padding, and the start if it is given."""
+    """What a call asks for: ℓ, where there is padding, the start if it is given, and which positions ℓ compares."""
 
     divergence: Divergence
     mask: Masks
     noise: Noise
+    output_mask: OutputMask = None
 
 
 class Position(NamedTuple):
@@ -105,7 +107,7 @@ class Adversary:
         fixed = tuple(tensor.detach() for tensor in clean.compared)
         dtypes = (clean.autocast_dtype, *(tensor.dtype for tensor in (*clean.embeddings, *fixed)))
         run = partial(passes.perturbed, freeze=True)
-        objective = Objective(run, fixed, query.divergence, self.loss_scale, dtypes)
+        objective = Objective(run, fixed, query.divergence, self.loss_scale, dtypes, query.output_mask)
         balls = balls_around(clean.embeddings, query.mask, self.settings)
         start, noise = self.settings.start, query.noise
         given = noise is not None and start != "gradient"  # the start itself; for "gradient" it is u
@@ -115,6 +117,7 @@ class Adversary:
             u = cotangents(fixed, kind_of(query.divergence), start, self.generator)
         else:
             u = given_cotangents(fixed, noise)
+        u = [_kept(one, keep) for one, keep in zip(u, keep_of(query.output_mask, fixed), strict=True)]
         zeros = [torch.zeros_like(ball.embeddings, dtype=ball.norm_scale.dtype) for ball in balls]
         return Position(objective, balls, gradient_start(balls, objective.pullback(u, zeros, graph)))
 
@@ -128,3 +131,8 @@ class Adversary:
             run = partial(passes.perturbed, freeze=True, autocast=False)
             objective = replace(objective, run=run, reference=passes.reference_without_autocast())
         return search(objective, balls, start)
+
+
+def _kept(u: Tensor, keep: Tensor | None) -> Tensor:
+    """u with 0 where a position is left out, by selection, so that NaN stays out."""
+    return u if keep is None else torch.where(keep.reshape(*keep.shape, *[1] * (u.ndim - keep.ndim)), u, 0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smartreg._loss_scale import LossScale, scaled
-from smartreg._outputs import divergence_of
+from smartreg._outputs import OutputMask, divergence_of
 from smartreg.divergences import Divergence
 
 RunPass = Callable[[Sequence[Tensor]], AbstractContextManager[tuple[Tensor, ...]]]
@@ -28,8 +28,9 @@ class Objective:
         run: Runs f with perturbations.
         reference: f(x), the tensors to compare, detached.
         divergence: ℓ.
-        loss_scale: What is multiplied by before it is differentiated in float16.
+        loss_scale: What ℓ is multiplied by before it is differentiated in float16.
         dtypes: What the passes work in, as far as it shows; None stands for "no autocast".
+        output_mask: Which positions ℓ compares.
     """
 
     run: RunPass
@@ -37,10 +38,11 @@ class Objective:
     divergence: Divergence
     loss_scale: LossScale
     dtypes: tuple[torch.dtype | None, ...]
+    output_mask: OutputMask = None
 
     def value(self, outputs: tuple[Tensor, ...]) -> Tensor:
         """ℓ of outputs that a pass has given."""
-        return divergence_of(self.divergence, outputs, self.reference)
+        return divergence_of(self.divergence, outputs, self.reference, self.output_mask)
 
     def gradient(self, deltas: Sequence[Tensor], *, adjust_scale: bool = False) -> tuple[Tensor, list[Tensor] | None]:
         """ℓ at δ, detached, and its gradient with respect to the perturbation of each look-up.

@@ -14,7 +14,8 @@ from smartreg._ascent.objective import Objective
 from smartreg._ascent.precision import agreement, cosine_from
 from smartreg._ascent.search import search
 from smartreg._ascent.start import Start
-from smartreg.divergences import Divergence, kind_of
+from smartreg._outputs import keep_of
+from smartreg.divergences import kind_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Sweep:
         return Row(
             penalty=penalty,
             random=float(self.penalty.value(random)),
-            flips=flips(plus, self.penalty.reference, self.penalty.divergence),
+            flips=self._flips(plus),
             cosine=0.0 if agreed is None else cosine_from(agreed),
             rounding=self._rounding(plus, minus),
             dropout=ratio(self.dropout, self.dropout + penalty) if self.dropout else 0.0,
@@ -74,30 +75,28 @@ class Sweep:
         with self.penalty.run(perturbations) as outputs:
             return tuple(output.detach() for output in outputs)
 
+    def _flips(self, outputs: tuple[Tensor, ...]) -> float | None:
+        """Fraction of predictions that differ; None where there is no class to predict.
+
+        A divergence of the user's own counts as one between softmax outputs, where the outputs can be such.
+        """
+        clean, kind = self.penalty.reference, kind_of(self.penalty.divergence)
+        if kind is None:
+            kind = "softmax" if all(c.ndim > 1 and c.shape[-1] > 1 for c in clean) else "value"
+        if kind == "value":
+            return None
+        changed = []
+        for a, b, keep in zip(outputs, clean, keep_of(self.penalty.output_mask, clean), strict=True):
+            differs = a.argmax(-1) != b.argmax(-1) if kind == "softmax" else (a > 0) != (b > 0)
+            changed.append((differs if keep is None else differs[keep]).flatten())
+        return float(torch.cat(changed).float().mean())
+
     def _rounding(self, plus: tuple[Tensor, ...], minus: tuple[Tensor, ...]) -> float:
         """In float64, so that no more than the rounding of the outputs themselves is seen."""
         exact = replace(self.penalty, reference=tuple(_wide(tensor) for tensor in self.penalty.reference))
         whole = float(exact.value(tuple(_wide(a) for a in plus)))
         part = float(exact.value(tuple((_wide(a) + _wide(b)) / 2 for a, b in zip(plus, minus, strict=True))))
         return min(1.0, 4.0 / 3.0 * part / whole) if whole > 0 else 1.0
-
-
-def flips(outputs: tuple[Tensor, ...], clean: tuple[Tensor, ...], divergence: Divergence) -> float | None:
-    """Fraction of predictions that differ; None where there is no class to predict.
-
-    A divergence of the user's own counts as one between softmax outputs, where the outputs can be such.
-    """
-    kind = kind_of(divergence)
-    if kind is None:
-        kind = "softmax" if all(c.ndim > 1 and c.shape[-1] > 1 for c in clean) else "value"
-    if kind == "value":
-        return None
-    pairs = zip(outputs, clean, strict=True)
-    if kind == "softmax":
-        changed = [(a.argmax(-1) != b.argmax(-1)).flatten() for a, b in pairs]
-    else:
-        changed = [((a > 0) != (b > 0)).flatten() for a, b in pairs]
-    return float(torch.cat(changed).float().mean())
 
 
 def ratio(part: float, whole: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smartreg._ascent.adversary import Query
+from smartreg._ascent.adversary import Adversary, Query
 from smartreg._ascent.precision import REQUIRED_COSINE
 from smartreg._ascent.start import Masks, noise_start
 from smartreg._ascent.sweep import Sweep, ratio
@@ -130,12 +130,13 @@ def _swept_batch(smart: SmartLoss, forward: Forward, query: Query) -> Sweep:
     """The clean pass of a sweep, and what the passes around it need."""
     passes = ModelPasses(smart.model, smart._attached(), forward, smart.output_to_logits, shared_dropout=True)
     clean = passes.reference()
-    objective, balls, start = smart._begin(passes, clean, query)
+    adversary = Adversary(smart.settings, smart.generator, LossScale(), None)
+    objective, balls, start = adversary.begin(passes, clean, query)
     noise = start if smart.settings.start == "noise" else noise_start(balls, None, smart.generator)
     autocast = smart.settings.ascent_autocast
     exact = objective.reference if autocast else passes.reference_without_autocast()
     # Not frozen: where nothing needs a gradient some layers take another path, with other rounding.
-    penalty = replace(objective, run=passes.perturbed, loss_scale=LossScale())
+    penalty = replace(objective, run=passes.perturbed)
     run = partial(passes.perturbed, freeze=True, autocast=autocast)
     ascent = replace(penalty, run=run, reference=exact)
     with passes.same_dropout(False), passes.perturbed([torch.zeros_like(nu) for nu in noise.perturbations]) as outputs:

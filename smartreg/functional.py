@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from smartreg._ascent.adversary import Adversary, Query
+from smartreg._ascent.objective import Graph
 from smartreg._ascent.precision import PrecisionCheck
 from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings, Start
 from smartreg._ascent.start import Noise, refuse_inference_mode, warn_if_nothing_to_follow
@@ -36,13 +37,13 @@ def smoothness_penalty(
     divergence: str | Divergence = "symmetric_kl",
     epsilon: float = 0.15,
     step_size: float = 0.15,
-    noise_std: float = 0.15,
-    steps: int = 1,
-    norm: str | float = "inf",
+    noise_std: float = 0.015,
+    steps: int = 0,
+    norm: str | float = "2",
     norm_over: NormOver = "example",
     epsilon_scale: EpsilonScale = "rms",
     ascent: Ascent = "projected",
-    start: Start = "noise",
+    start: Start = "towards_uniform",
     dropout: Dropout = "shared",
     detach_reference: bool = False,
     output_to_logits: OutputToLogits | None = None,
@@ -71,7 +72,7 @@ def smoothness_penalty(
         step_size: η.
         noise_std: σ.
         steps: Ascent steps.
-        norm: P.
+        norm: p.
         norm_over: What one norm is taken over.
         epsilon_scale: The unit of ε, η and σ.
         ascent: The update.
@@ -95,7 +96,7 @@ def smoothness_penalty(
         >>> pixels = torch.eye(2).reshape(2, 1, 2)
         >>> outputs, penalty = smoothness_penalty(
         ...     lambda x: 2 * x.sum(dim=1), pixels, noise=torch.full((2, 1, 2), 0.01), divergence="mse",
-        ...     epsilon=0.5, step_size=1.0, epsilon_scale="absolute",
+        ...     epsilon=0.5, step_size=1.0, epsilon_scale="absolute", norm="inf", start="noise", steps=1,
         ... )
         >>> penalty  # every entry moves by 0.5, every output by 1
         tensor(1.)
@@ -151,6 +152,7 @@ class _FunctionClean(NamedTuple):
     compared: tuple[Tensor, ...]
     embeddings: list[Tensor]
     autocast_dtype: torch.dtype | None
+    graph: Graph | None = None  # nobody can tell whether it may be differentiated ahead of time
 
 
 class _FunctionPasses:

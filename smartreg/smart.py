@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from smartreg._ascent.adversary import Adversary, Position, Query
+from smartreg._ascent.adversary import Adversary, Query
 from smartreg._ascent.precision import PrecisionCheck
 from smartreg._ascent.search import Found
 from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings, Start
@@ -27,44 +27,47 @@ from smartreg.results import SmartOutput, SmartStats
 class SmartLoss(nn.Module):
     r"""Smoothness-inducing adversarial regularization of a model (SMART).
 
-    \[ R_s(\theta) = \frac1n \sum_i \max_{\|\tilde x_i - x_i\|_p \le \epsilon}
-       \ell_s(f(\tilde x_i; \theta), f(x_i; \theta)) \]
+    \[ R_s(\theta) = \frac1n \sum_i \max_{\|\delta_i\|_p \le \epsilon}
+       \ell_s(f(x_i + \delta_i; \theta), f(x_i; \theta)) \]
 
     where \(x_i\) is the output of the model's input embedding for example i and \(\ell_s\) the divergence. The maximum
-    is sought from \(\tilde x_i = x_i + \nu_i\), \(\nu_i \sim N(0, \sigma^2 I)\), by `steps` steps
+    is sought from a start \(\delta_i\) by `steps` steps
 
-    \[ \tilde x_i \leftarrow \Pi_{\epsilon}\big(\tilde x_i + \eta \, g_i / \|g_i\|_p\big), \qquad
-       g_i = \nabla_{\tilde x_i} \, \ell_s(f(\tilde x_i; \theta), f(x_i; \theta)). \]
+    \[ \delta_i \leftarrow \Pi_{\epsilon}\big(\delta_i + \eta \, s_i\big), \qquad s_i = g_i / \|g_i\|_p, \qquad
+       g_i = \nabla_{\delta_i} \, \ell_s(f(x_i + \delta_i; \theta), f(x_i; \theta)). \]
 
     Gradients reach θ through both outputs (and through x, whose perturbation is a constant), so that
     `(loss + lambda_s * penalty).backward()` is all that a training loop adds. The model is not registered here, and a
     call leaves nothing changed but the graph: gradients, flags, train or eval mode, buffers, attributes and random
-    state are as after one clean pass plus the draw of the noise. With dropout the passes share their masks, so a zero
+    state are as after one clean pass plus the draw of the start. With dropout the passes share their masks, so a zero
     perturbation has a penalty of exactly 0.
 
     Args:
         model: Any module, also wrapped in `DistributedDataParallel`, `torch.compile` or PEFT.
-        embedding: The module whose output is perturbed, or its dotted name. None: `model.get_input_embeddings()` and
-            every embedding module with the same weight. If it runs several times in one pass, each look-up has its own
-            perturbation.
+        embedding: The module whose output is perturbed, or its dotted name; each look-up is perturbed by itself. None:
+            `model.get_input_embeddings()` and every embedding module with the same weight.
         divergence: ℓ_s, called as (perturbed, clean): a name, or a function of two tensors that returns a scalar.
         epsilon: ε ≥ 0, radius of the ball. 0 means no perturbation, and no ascent.
         step_size: η ≥ 0.
-        noise_std: σ ≥ 0.
-        steps: Ascent steps; 0 is random smoothing, with the projected noise as perturbation.
-        norm: P, `"inf"` or `"2"`, for normalisation and projection.
+        noise_std: σ ≥ 0, of the noise that `start="noise"` draws.
+        steps: Ascent steps; 0 takes the start, in the ball, as perturbation (with noise: random smoothing).
+        norm: p, `"inf"` or `"2"`, for normalisation and projection.
         norm_over: `"example"`, one norm for a whole sentence, or `"token"`.
         epsilon_scale: `"rms"`: `epsilon`, `step_size` and `noise_std` are multiples of the root mean square of that
             example's unmasked embedding entries (for ε and η with norm 2, times the square root of the number of
             entries under the norm). `"absolute"`: they are what they say.
-        ascent: `"projected"`, as above; `"normalized"`, what MT-DNN and smart-pytorch do:
-            δ ← (δ + η g) / (‖δ + η g‖_p + ε), whose norm is about 1 whatever ε says.
+        ascent: `"projected"`, Algorithm 1, as above; `"steepest"`: s_i the sign of g_i for norm inf (for norm 2 the
+            same); `"normalized"`, what MT-DNN and smart-pytorch do: δ ← (δ + η g) / (‖δ + η g‖_p + ε).
+        start: `"noise"`, Algorithm 1: N(0, σ² I). The others lie on the sphere of radius ε, as far as the norm allows
+            along the gradient of ⟨u, f(x)⟩, which takes one backward through the clean pass: `"gradient"`, u random
+            with the curvature of ℓ_s at equality as covariance; `"towards_uniform"`, u from the clean prediction to the
+            uniform one, without a draw (for values, which have none, as `"gradient"`).
         dropout: `"shared"`: the perturbed passes see the dropout masks of the clean one; `"independent"`: fresh masks.
         detach_reference: No gradient through the clean output.
         memory_efficient: The same values and gradients at the activation memory of one pass, for one more clean pass.
         output_to_logits: From what `forward` returned to the tensor (or sequence of tensors, whose divergences are
             summed) to compare. None: a tensor is itself; else `.logits` or `["logits"]`.
-        generator: Draws the noise, and nothing else. None: torch's own, on the device of the embeddings.
+        generator: Draws the start, and nothing else. None: torch's own, on the device of the embeddings.
         ascent_autocast: False runs the ascent with the user's autocast off, where half precision would drown a small ε.
 
     Raises:
@@ -82,8 +85,8 @@ class SmartLoss(nn.Module):
         >>> logits, penalty = smart(lambda m: m(ids))
         >>> loss = nn.functional.cross_entropy(logits, labels) + 0.3 * penalty
         >>> loss.backward()
-        >>> smart.stats.ascent_gain > 1
-        True
+        >>> round(smart.stats.radius_used, 3)
+        1.0
 
     Reference:
         Jiang et al., SMART, ACL 2020, doi 10.18653/v1/2020.acl-main.197, Algorithm 1.
@@ -100,13 +103,13 @@ class SmartLoss(nn.Module):
         divergence: str | Divergence = "symmetric_kl",
         epsilon: float = 0.15,
         step_size: float = 0.15,
-        noise_std: float = 0.15,
-        steps: int = 1,
-        norm: str | float = "inf",
+        noise_std: float = 0.015,
+        steps: int = 0,
+        norm: str | float = "2",
         norm_over: NormOver = "example",
         epsilon_scale: EpsilonScale = "rms",
         ascent: Ascent = "projected",
-        start: Start = "noise",
+        start: Start = "towards_uniform",
         dropout: Dropout = "shared",
         detach_reference: bool = False,
         memory_efficient: bool = False,
@@ -151,7 +154,7 @@ class SmartLoss(nn.Module):
 
     @classmethod
     def paper(cls, model: nn.Module, **options: Any) -> Self:
-        """With the values that the paper publishes: ε = 1e-5, η = 1e-3, σ = 1e-5, absolute.
+        """Algorithm 1 with the values that the paper publishes: ε = 1e-5, η = 1e-3, σ = 1e-5, absolute, one step.
 
         On BERT-like models they make a penalty of 1e-8 or so; see the page on numerics before using them.
 
@@ -159,8 +162,8 @@ class SmartLoss(nn.Module):
             model: As in the constructor.
             **options: Any other argument of the constructor; those given here win.
         """
-        published = {"epsilon": 1e-5, "step_size": 1e-3, "noise_std": 1e-5, "epsilon_scale": "absolute"}
-        return cls(model, **{**published, **options})
+        sizes = {"epsilon": 1e-5, "step_size": 1e-3, "noise_std": 1e-5, "epsilon_scale": "absolute", "norm": "inf"}
+        return cls(model, **{**sizes, "steps": 1, "start": "noise", "ascent": "projected", **options})
 
     @property
     def model(self) -> nn.Module:
@@ -202,9 +205,8 @@ class SmartLoss(nn.Module):
             RuntimeError: The perturbation cannot reach the model, or the mode cannot apply; it says what to do.
         """
         if not callable(forward):
-            raise TypeError(
-                f"forward must be a function of the module, as in lambda m: m(**batch), got {type(forward).__name__}"
-            )
+            kind = type(forward).__name__
+            raise TypeError(f"forward must be a function of the module, as in lambda m: m(**batch), got {kind}")
         tap = self._attached()
         if tap.removed:
             raise RuntimeError("this SmartLoss was removed from its model: make a new one")
@@ -221,8 +223,9 @@ class SmartLoss(nn.Module):
             remember_draws=self._remember_draws,
         )
         query = Query(resolved, mask, noise, output_mask)
+        adversary = Adversary(self.settings, self.generator, self._loss_scale, self._precision)
         run = self._efficient if self.memory_efficient and torch.is_grad_enabled() else self._standard
-        return run(passes, query)
+        return run(passes, adversary, query)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -235,28 +238,27 @@ class SmartLoss(nn.Module):
             f"memory_efficient={self.memory_efficient}"
         )
 
-    def _standard(self, passes: ModelPasses, query: Query) -> SmartOutput:
+    def _standard(self, passes: ModelPasses, adversary: Adversary, query: Query) -> SmartOutput:
         """Clean graph and perturbed graph live side by side until the user's backward."""
         detached = self.settings.detach_reference
         # The table's dense gradient is made once where both graphs start from one look-up. With a detached reference
         # the graphs have nothing in common, and each may have a backward of its own.
         share_lookups = self.settings.dropout == "shared" and not detached
-        clean = passes.clean(attached=share_lookups or self._starts_from_clean_graph(passes))
-        found = self._adversary.search(passes, clean, self._begin(passes, clean, query))
+        clean = passes.clean(share_lookups=share_lookups, differentiable=adversary.pulls_back)
+        found = adversary.search(passes, clean, adversary.begin(passes, clean, query))
         reference = tuple(tensor.detach() for tensor in clean.compared) if detached else clean.compared
-        bases = clean.embeddings_with_graph if share_lookups else None
-        with passes.perturbed(found.perturbations, bases=bases) as perturbed:
+        with passes.perturbed(found.perturbations, bases=clean.shared_lookups) as perturbed:
             penalty = divergence_of(query.divergence, perturbed, reference, query.output_mask)
-        self._record(found, penalty)
+        self._record(found, penalty, clean)
         return SmartOutput(clean.outputs, penalty)
 
-    def _efficient(self, passes: ModelPasses, query: Query) -> SmartOutput:
+    def _efficient(self, passes: ModelPasses, adversary: Adversary, query: Query) -> SmartOutput:
         """One graph at a time: the perturbed pass is differentiated before the clean graph is built."""
         detached = self.settings.detach_reference
-        first = passes.reference(attached=self._starts_from_clean_graph(passes))
-        begin = self._begin(passes, first, query)
+        first = passes.reference(differentiable=adversary.pulls_back)
+        begin = adversary.begin(passes, first, query)
         first = first.as_leaves()  # its graph, if it had one, has served
-        found = self._adversary.search(passes, first, begin)
+        found = adversary.search(passes, first, begin)
         reference = tuple(tensor.detach() for tensor in first.compared) if detached else first.compared
         mark = graph_mark()
         # With a detached reference the penalty stays apart from the clean graph, as in the standard mode.
@@ -266,26 +268,14 @@ class SmartLoss(nn.Module):
             scale = self._loss_scale.get(value.device, *begin.objective.dtypes, *(p.dtype for p in perturbed))
             stored = StoredGradients.of(value, (*reference, *(leaves or ())), mark, scale)
         self._loss_scale.lower_on_overflow(scale, stored.all())
-        self._record(found, stored.value)
-        attached = leaves is not None
+        self._record(found, stored.value, first)
+        share_lookups = leaves is not None
         del perturbed, value, begin, found, leaves, reference, first  # nothing of the freed graph need outlive it
-        clean = passes.clean_again(attached=attached)
-        return SmartOutput(clean.outputs, stored.attach((*clean.compared, *clean.record.graphs)))
+        clean = passes.clean_again(share_lookups=share_lookups)
+        return SmartOutput(clean.outputs, stored.attach((*clean.compared, *(clean.shared_lookups or ()))))
 
-    def _starts_from_clean_graph(self, passes: ModelPasses) -> bool:
-        wanted = self.settings.start != "noise" and self.settings.epsilon > 0 and torch.is_grad_enabled()
-        return wanted and passes.may_differentiate()
-
-    def _begin(self, passes: ModelPasses, clean: CleanPass, query: Query) -> Position:
+    def _record(self, found: Found, penalty: Tensor, clean: CleanPass) -> None:
         self._remember_draws = worth_remembering(clean.embeddings)
-        graph = clean.graph if self._starts_from_clean_graph(passes) else None
-        return self._adversary.begin(passes, clean, query, graph)
-
-    @property
-    def _adversary(self) -> Adversary:
-        return Adversary(self.settings, self.generator, self._loss_scale, self._precision)
-
-    def _record(self, found: Found, penalty: Tensor) -> None:
         penalty = penalty.detach()
         start = penalty if found.start_divergence is None else found.start_divergence
         self.stats = SmartStats(penalty, start, found.largest(), found.bad_examples, found.radius_used)

@@ -46,6 +46,10 @@ class Clean(Protocol):
     def autocast_dtype(self) -> torch.dtype | None:
         """What autocast makes of float32; None where it is off."""
 
+    @property
+    def graph(self) -> Graph | None:
+        """The tensors to compare and the embeddings, where their graph may be differentiated now and kept."""
+
 
 class Passes(Protocol):
     """What can run the clean pass again."""
@@ -95,14 +99,18 @@ class Adversary:
     loss_scale: LossScale
     precision: PrecisionCheck | None
 
-    def begin(self, passes: Passes, clean: Clean, query: Query, graph: Graph | None = None) -> Position:
+    @property
+    def pulls_back(self) -> bool:
+        """Whether the start comes from the graph of the clean pass, where there is one."""
+        return self.settings.start != "noise" and self.settings.epsilon > 0 and torch.is_grad_enabled()
+
+    def begin(self, passes: Passes, clean: Clean, query: Query) -> Position:
         """Set up the objective, the balls and the start.
 
         Args:
             passes: Run f again.
             clean: The clean pass.
             query: What the call asks for.
-            graph: That of the clean pass, if a start may be found in it; None runs a pass for such a start.
         """
         fixed = tuple(tensor.detach() for tensor in clean.compared)
         dtypes = (clean.autocast_dtype, *(tensor.dtype for tensor in (*clean.embeddings, *fixed)))
@@ -119,7 +127,7 @@ class Adversary:
             u = given_cotangents(fixed, noise)
         u = [_kept(one, keep) for one, keep in zip(u, keep_of(query.output_mask, fixed), strict=True)]
         zeros = [torch.zeros_like(ball.embeddings, dtype=ball.norm_scale.dtype) for ball in balls]
-        return Position(objective, balls, gradient_start(balls, objective.pullback(u, zeros, graph)))
+        return Position(objective, balls, gradient_start(balls, objective.pullback(u, zeros, clean.graph)))
 
     def search(self, passes: Passes, clean: Clean, position: Position) -> Found:
         """The perturbation of each look-up: Algorithm 1, after a look at the precision."""

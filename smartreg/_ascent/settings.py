@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from typing_extensions import Self
 
@@ -15,11 +15,11 @@ Dropout = Literal["shared", "independent"]
 
 _NORMS: dict[object, Norm] = {"inf": "inf", math.inf: "inf", "2": "2", 2: "2"}
 _CHOICES = {
-    "norm_over": ("example", "token"),
-    "epsilon_scale": ("rms", "absolute"),
-    "ascent": ("projected", "steepest", "normalized"),
-    "start": ("noise", "gradient", "towards_uniform"),
-    "dropout": ("shared", "independent"),
+    "norm_over": get_args(NormOver),
+    "epsilon_scale": get_args(EpsilonScale),
+    "ascent": get_args(Ascent),
+    "start": get_args(Start),
+    "dropout": get_args(Dropout),
 }
 
 

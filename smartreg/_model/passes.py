@@ -27,30 +27,21 @@ class CleanPass:
         outputs: What `forward` returned.
         compared: The tensors to compare in it.
         record: What was seen at the embedding.
+        shared_lookups: The embeddings with their graph, where a perturbed pass may start from them; or None.
+        graph: The tensors to compare and the embeddings that they come from, where their graph may be differentiated
+            ahead of the user's backward, and kept for it; or None.
     """
 
     outputs: Any
     compared: tuple[Tensor, ...]
     record: EmbeddingPass
+    shared_lookups: tuple[Tensor, ...] | None = None
+    graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
     @property
     def embeddings(self) -> list[Tensor]:
         """x of each look-up, by value."""
         return self.record.embeddings
-
-    @property
-    def embeddings_with_graph(self) -> tuple[Tensor, ...] | None:
-        """The same as part of this pass's graph; None where they cannot be had."""
-        complete = len(self.record.graphs) == self.record.lookups
-        return tuple(self.record.graphs) if complete else None
-
-    @property
-    def graph(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
-        """The tensors to compare and the embeddings that they come from; None where no graph goes that far."""
-        embeddings = self.embeddings_with_graph
-        if embeddings is None or not all(embedded.requires_grad for embedded in embeddings):  # frozen, for example
-            return None
-        return self.compared, embeddings
 
     def as_leaves(self) -> CleanPass:
         """The values alone: the tensors to compare as leaves, and no graph behind them."""
@@ -97,32 +88,35 @@ class ModelPasses:
         self._state = ModuleState(self._module)
         self._first = EmbeddingPass()
 
-    def clean(self, *, attached: bool) -> CleanPass:
+    def clean(self, *, share_lookups: bool, differentiable: bool) -> CleanPass:
         """The first pass with its graph, through the wrappers.
 
         Args:
-            attached: Record the embeddings with their graph as well.
+            share_lookups: A perturbed pass shall start from the embeddings of this one.
+            differentiable: The graph shall be differentiated with respect to the embeddings, if it may be.
         """
-        self._first = EmbeddingPass(attached=attached)
+        differentiable = differentiable and self._may_differentiate()
+        self._first = EmbeddingPass(attached=share_lookups or differentiable)
         with self._tap.open(self._first), self._through_wrapper(self._first), self._random.draws:
             outputs = self._forward(self._model)
-        return self._kept(outputs)
+        return self._kept(outputs, share_lookups=share_lookups, differentiable=differentiable)
 
-    def reference(self, *, attached: bool = False) -> CleanPass:
-        """The first pass, around the wrappers, for its values: without `attached` its saved tensors are dropped.
+    def reference(self, *, differentiable: bool = False) -> CleanPass:
+        """The first pass, around the wrappers, for its values: its saved tensors are dropped.
 
         In the user's grad mode all the same: some layers take another path, with other rounding, under `no_grad`.
 
         Args:
-            attached: Keep the graph, and record the embeddings as part of it, until `CleanPass.as_leaves`.
+            differentiable: Keep the graph until `CleanPass.as_leaves`, if it may be differentiated.
         """
-        self._first = EmbeddingPass(attached=attached)
-        with self._without_saving(self._first, drop=not attached):
+        differentiable = differentiable and self._may_differentiate()
+        self._first = EmbeddingPass(attached=differentiable)
+        with self._without_saving(self._first, drop=not differentiable):
             outputs = self._forward(self._inner)
-        found = self._kept(outputs)
-        return found if attached else found.as_leaves()
+        found = self._kept(outputs, share_lookups=False, differentiable=differentiable)
+        return found if differentiable else found.as_leaves()
 
-    def may_differentiate(self) -> bool:
+    def _may_differentiate(self) -> bool:
         """Whether the graph of a clean pass may be differentiated ahead of the user's backward, and kept for it.
 
         Compiled graphs run once; FSDP and a static DDP graph count the backward passes; hooks of the user's on modules
@@ -184,17 +178,18 @@ class ModelPasses:
         pairs = zip(self._first.embeddings, self._first.needs_gradient, strict=True)
         return tuple(embedded.detach().requires_grad_(needed) for embedded, needed in pairs)
 
-    def clean_again(self, *, attached: bool) -> CleanPass:
+    def clean_again(self, *, share_lookups: bool) -> CleanPass:
         """The clean pass once more, with its dropout masks, whose graph and attributes stay.
 
         Args:
-            attached: Record the embeddings with their graph as well.
+            share_lookups: Record the embeddings with their graph as well.
         """
-        record = EmbeddingPass(attached=attached)
+        record = EmbeddingPass(attached=share_lookups)
         with self._random.replayed(), self._state.replayed(keep_attributes=True):
             with self._tap.open(record), self._through_wrapper(record), self._random.draws:
                 outputs = self._forward(self._model)
-            return CleanPass(outputs, compared_tensors(outputs, self._output_to_logits), record)
+            compared = compared_tensors(outputs, self._output_to_logits)
+            return CleanPass(outputs, compared, record, tuple(record.graphs) if share_lookups else None)
 
     @contextlib.contextmanager
     def same_dropout(self, same: bool = True) -> Iterator[None]:
@@ -205,7 +200,7 @@ class ModelPasses:
         finally:
             self._shared_dropout = before
 
-    def _kept(self, outputs: Any) -> CleanPass:
+    def _kept(self, outputs: Any, *, share_lookups: bool, differentiable: bool) -> CleanPass:
         """After the first pass: check that it was recorded, and keep what it made of the model."""
         if not self._first.lookups:
             raise RuntimeError(
@@ -215,7 +210,11 @@ class ModelPasses:
             )
         compared = compared_tensors(outputs, self._output_to_logits)
         self._state.keep_clean()
-        return CleanPass(outputs, compared, self._first)
+        lookups = tuple(self._first.graphs) if len(self._first.graphs) == self._first.lookups else None
+        # Embeddings that are frozen, for example, have no graph that goes as far as they.
+        reached = differentiable and lookups is not None and all(lookup.requires_grad for lookup in lookups)
+        graph = (compared, lookups) if reached and lookups is not None else None
+        return CleanPass(outputs, compared, self._first, lookups if share_lookups else None, graph)
 
     @contextlib.contextmanager
     def _replayed(self) -> Iterator[None]:

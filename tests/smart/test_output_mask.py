@@ -51,7 +51,7 @@ def mean_over_real_tokens(model: Tagger, delta: Tensor, kind: str = "symmetric_k
     """The mean of ℓ over the nine real tokens, sentence by sentence and without padding, by the restatement."""
     total = 0.0
     for i, n in enumerate(LENGTHS):
-        ids, mask = sentences(4)
+        ids, _ = sentences(4)
         one = ids[i : i + 1, :n]
         x = model.embedding(one)
         outputs = []

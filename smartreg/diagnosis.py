@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smartreg._ascent.adversary import Adversary, Query
 from smartreg._ascent.precision import REQUIRED_COSINE
@@ -21,6 +21,7 @@ from smartreg._model.replay import ModuleState, RandomState, devices_of
 from smartreg._outputs import OutputMask
 from smartreg._wrappers import unwrapped
 from smartreg.divergences import Divergence, resolve_divergence
+from smartreg.results import Diagnosis
 from smartreg.smart import SmartLoss
 
 ROUNDING_LIMIT = 0.1
@@ -41,6 +42,8 @@ def diagnose(
     divergence: str | Divergence | None = None,
     epsilons: Sequence[float] | None = None,
     output_mask: OutputMask = None,
+    loss: float | Tensor | None = None,
+    reference_steps: int = 10,
     **options: Any,
 ) -> Diagnosis:
     r"""What each size of perturbation does to this model on this batch, and which ε to choose from.
@@ -58,7 +61,11 @@ def diagnose(
       rounding from above (three roundings of one size; curvature adds to it, so that again the bound of a smaller ε
       holds for the larger ones). A penalty of exactly 0 is rounding altogether: 1;
     - `dropout_share`: \(D / (D + R_s)\), D the divergence of two clean passes under different dropout masks: what
-      `dropout="independent"` would add. 0 without dropout or in eval mode.
+      `dropout="independent"` would add. 0 without dropout or in eval mode;
+    - `share_of_maximum`: the penalty over the larger of two that `reference_steps` further steps of steepest ascent, of
+      decreasing size, end at: from where the search ended, and from a start towards the uniform prediction;
+    - `lambda_s`: the weight at which the regularizer is a tenth of the given task loss. A tenth is felt and does not
+      take over; what serves a task best has to be tried on held-out data.
 
     The recommended range: cosine at least 0.9 and rounding at most a tenth, up to where a tenth of the predictions
     change (for a regression: where the penalty no longer grows as fast as ε).
@@ -70,6 +77,9 @@ def diagnose(
         divergence: A name or a function; None: `"symmetric_kl"`.
         output_mask: As in the call of `SmartLoss`.
         epsilons: Sizes above 0, in any order, in the unit of `epsilon_scale`. None: half decades from 1e-5 to 1.
+        loss: The task loss on this batch, for the column `lambda_s`.
+        reference_steps: Steps of the ascent that `share_of_maximum` is measured against; 0 leaves it out, and saves
+            twice as many passes, forward and backward, for each ε.
         **options: Any other argument of `SmartLoss`, such as `embedding` or `norm`.
 
     Returns:
@@ -94,6 +104,11 @@ def diagnose(
         Jiang et al., SMART, ACL 2020, section 3.1, doi 10.18653/v1/2020.acl-main.197, for the penalty.
     """
     sizes = _checked_sizes(epsilons)
+    if isinstance(reference_steps, bool) or not isinstance(reference_steps, int) or reference_steps < 0:
+        raise ValueError(f"reference_steps must be an int of 0 or more, got {reference_steps!r}")
+    task_loss = None if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
+    if task_loss is not None and not 0 < task_loss < float("inf"):
+        raise ValueError(f"loss must be a finite number above 0, the task loss on this batch, got {loss!r}")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("the ascent needs gradients, which torch.inference_mode forbids: use torch.no_grad")
     swept = [name for name in ("epsilon", "step_size", "noise_std") if name in options]
@@ -104,12 +119,13 @@ def diagnose(
     try:
         with _unchanged(smart):
             sweep = _swept_batch(smart, forward, Query(resolved, mask, None, output_mask))
-            rows = [sweep.row(size) for size in sizes]
+            rows = [sweep.row(size, reference_steps) for size in sizes]
     finally:
         smart.remove()
     penalty, random = tuple(row.penalty for row in rows), tuple(row.random for row in rows)
     changed = tuple(row.flips for row in rows if row.flips is not None)
     flips = changed if len(changed) == len(rows) else None
+    shares = tuple(row.share for row in rows if row.share is not None)
     cosine = _running(max, [row.cosine for row in rows])
     rounding = _running(min, [row.rounding for row in rows])
     return Diagnosis(
@@ -123,6 +139,8 @@ def diagnose(
         dropout_share=tuple(row.dropout for row in rows),
         epsilon_scale=smart.settings.epsilon_scale,
         recommended=recommended_range(sizes, cosine, rounding, flips, penalty, REQUIRED_COSINE),
+        share_of_maximum=shares if reference_steps else None,
+        lambda_s=None if task_loss is None else tuple(ratio(0.1 * task_loss, p) for p in penalty),
     )
 
 
@@ -133,6 +151,8 @@ def _swept_batch(smart: SmartLoss, forward: Forward, query: Query) -> Sweep:
     adversary = Adversary(smart.settings, smart.generator, LossScale(), None)
     objective, balls, start = adversary.begin(passes, clean, query)
     noise = start if smart.settings.start == "noise" else noise_start(balls, None, smart.generator)
+    uniform = replace(adversary, settings=replace(smart.settings, start="towards_uniform"))
+    restart = uniform.begin(passes, clean, query).start
     autocast = smart.settings.ascent_autocast
     exact = objective.reference if autocast else passes.reference_without_autocast()
     # Not frozen: where nothing needs a gradient some layers take another path, with other rounding.
@@ -141,98 +161,7 @@ def _swept_batch(smart: SmartLoss, forward: Forward, query: Query) -> Sweep:
     ascent = replace(penalty, run=run, reference=exact)
     with passes.same_dropout(False), passes.perturbed([torch.zeros_like(nu) for nu in noise.perturbations]) as outputs:
         dropout = float(penalty.value(tuple(output.detach() for output in outputs)))
-    return Sweep(ascent, penalty, balls, start, noise, dropout)
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    r"""One row for each ε, from small to large; see `diagnose` for how each is measured.
-
-    Attributes:
-        epsilons: ε, in the unit of `epsilon_scale`.
-        penalty: R_s after the ascent.
-        random_divergence: The same without ascent, for the projected noise: what `steps=0` gives.
-        ascent_gain: Penalty over random divergence; NaN where both are 0.
-        flips: Fraction of predictions that the perturbation changes; None where there is no class to predict.
-        direction_cosine: Estimated cosine of the ascent direction with the exact one.
-        rounding_share: Upper bound of the share of the penalty that is rounding.
-        dropout_share: Share of the penalty that would come from dropout under `dropout="independent"`.
-        epsilon_scale: `"rms"` or `"absolute"`.
-        recommended: Smallest and largest ε to choose from, None if no swept ε qualifies.
-    """
-
-    epsilons: tuple[float, ...]
-    penalty: tuple[float, ...]
-    random_divergence: tuple[float, ...]
-    ascent_gain: tuple[float, ...]
-    flips: tuple[float, ...] | None
-    direction_cosine: tuple[float, ...]
-    rounding_share: tuple[float, ...]
-    dropout_share: tuple[float, ...]
-    epsilon_scale: str
-    recommended: tuple[float, float] | None
-
-    def __str__(self) -> str:
-        """A table for a terminal."""
-        unit = "x RMS" if self.epsilon_scale == "rms" else "abs."
-        head = (f"epsilon ({unit})", "penalty", "random", "gain", "flips", "cosine", "rounding", "dropout")
-        lines = ["  ".join(f"{name:>{max(9, len(name))}}" for name in head)]
-        for row, epsilon in enumerate(self.epsilons):
-            cells = (
-                f"{epsilon:.3g}",
-                f"{self.penalty[row]:.3g}",
-                f"{self.random_divergence[row]:.3g}",
-                f"{self.ascent_gain[row]:.3g}",
-                "-" if self.flips is None else f"{self.flips[row]:.1%}",
-                f"{self.direction_cosine[row]:.3f}",
-                f"{self.rounding_share[row]:.2%}",
-                f"{self.dropout_share[row]:.2%}",
-            )
-            lines.append("  ".join(f"{cell:>{max(9, len(name))}}" for cell, name in zip(cells, head, strict=True)))
-        if self.recommended is None:
-            lines.append("recommended: none of these; the perturbation is rounded away or changes too many predictions")
-        else:
-            low, high = self.recommended
-            lines.append(f"recommended: epsilon from {low:.3g} to {high:.3g} ({unit})")
-        return "\n".join(lines)
-
-    def plot(self, ax: Any = None) -> Any:
-        """Draw penalty and random divergence, and on a second axis the shares and the flips.
-
-        Args:
-            ax: A matplotlib `Axes`; None makes a figure.
-
-        Returns:
-            The axes.
-
-        Raises:
-            ImportError: Matplotlib is not installed.
-        """
-        if ax is None:
-            try:
-                from matplotlib import pyplot
-            except ImportError as error:
-                raise ImportError(
-                    "plot needs matplotlib, which is not installed: pip install matplotlib, or print the result, "
-                    "which is a table"
-                ) from error
-            ax = pyplot.figure(figsize=(7.0, 4.2)).add_subplot()
-        ax.loglog(self.epsilons, self.penalty, "o-", color="tab:blue", label="penalty")
-        ax.loglog(self.epsilons, self.random_divergence, "o--", color="tab:cyan", label="random noise")
-        ax.set_xlabel("epsilon / RMS of the embeddings" if self.epsilon_scale == "rms" else "epsilon")
-        ax.set_ylabel("divergence")
-        shares = ax.twinx()
-        shares.set_ylim(-0.02, 1.02)
-        shares.set_ylabel("share")
-        shares.semilogx(self.epsilons, self.rounding_share, "^:", color="tab:red", label="rounding (at most)")
-        shares.semilogx(self.epsilons, self.dropout_share, "v:", color="tab:gray", label="independent dropout")
-        if self.flips is not None:
-            shares.semilogx(self.epsilons, self.flips, "s:", color="tab:orange", label="changed predictions")
-        if self.recommended is not None:
-            ax.axvspan(*self.recommended, color="tab:green", alpha=0.12, label="recommended")
-        (lines, labels), (others, names) = ax.get_legend_handles_labels(), shares.get_legend_handles_labels()
-        ax.legend(lines + others, labels + names, fontsize="small", loc="center left")
-        return ax
+    return Sweep(ascent, penalty, balls, start, restart, noise, dropout)
 
 
 def recommended_range(

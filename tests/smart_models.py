@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+ALGORITHM_1: dict[str, Any] = {"norm": "inf", "start": "noise", "steps": 1, "noise_std": 0.15}
+"""Algorithm 1 as printed, with the sizes ε = η = σ = 0.15; the defaults are another, stronger search."""
+
 VOCABULARY, FEATURES, HIDDEN, CLASSES = 13, 4, 5, 3
 both_modes = pytest.mark.parametrize("memory_efficient", [False, True], ids=["standard", "efficient"])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from smartreg._ascent.ball import Ball
 from smartreg._ascent.objective import Objective
 from smartreg._ascent.precision import agreement, cosine_from
-from smartreg._ascent.search import search
+from smartreg._ascent.search import Found, search
 from smartreg._ascent.start import Start
 from smartreg._outputs import keep_of
 from smartreg.divergences import kind_of
@@ -28,6 +28,7 @@ class Row:
     cosine: float
     rounding: float
     dropout: float
+    share: float | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Sweep:
         penalty: The objective of the pass that makes the penalty.
         balls: The ball of each look-up; the ε in their settings is not used.
         start: Where the search begins for ε = 1; it is proportional to ε.
+        restart: Another start for ε = 1, towards the uniform prediction.
         noise: A starting noise for σ = 1.
         dropout: D, the divergence of two clean passes under different dropout masks.
     """
@@ -47,11 +49,17 @@ class Sweep:
     penalty: Objective
     balls: Sequence[Ball]
     start: Start
+    restart: Start
     noise: Start
     dropout: float
 
-    def row(self, size: float) -> Row:
-        """Everything that is measured at ε = η = σ = `size`."""
+    def row(self, size: float, reference_steps: int) -> Row:
+        """Everything that is measured at ε = η = σ = `size`.
+
+        Args:
+            size: ε.
+            reference_steps: How long the ascent is that the penalty is compared with; 0: it is not.
+        """
         settings = replace(self.balls[0].settings, epsilon=size, step_size=size, noise_std=size)
         balls = [replace(ball, settings=settings) for ball in self.balls]
         noise = [size * nu for nu in self.noise.perturbations]
@@ -69,7 +77,20 @@ class Sweep:
             cosine=0.0 if agreed is None else cosine_from(agreed),
             rounding=self._rounding(plus, minus),
             dropout=ratio(self.dropout, self.dropout + penalty) if self.dropout else 0.0,
+            share=self._share(penalty, balls, found, reference_steps) if reference_steps else None,
         )
+
+    def _share(self, penalty: float, balls: Sequence[Ball], found: Found, steps: int) -> float:
+        """The penalty over the largest one that two longer ascents end at, whose steps become smaller and smaller."""
+        epsilon, largest = balls[0].settings.epsilon, penalty
+        for deltas in (found.perturbations, [epsilon * delta for delta in self.restart.perturbations]):
+            for k in range(steps):
+                size = 2.0 * epsilon * (1.0 - k / steps)
+                settings = replace(balls[0].settings, ascent="steepest", steps=1, step_size=size)
+                further = [replace(ball, settings=settings) for ball in balls]
+                deltas = search(self.ascent, further, self.restart._replace(perturbations=deltas)).perturbations
+            largest = max(largest, float(self.penalty.value(self._outputs(deltas))))
+        return ratio(penalty, largest) if largest else 1.0
 
     def _outputs(self, perturbations: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with self.penalty.run(perturbations) as outputs:

@@ -12,12 +12,13 @@ from smartreg import SmartLoss, diagnose, symmetric_kl
 from smartreg.diagnosis import Diagnosis, recommended_range
 
 IDS = models.sentences()
+PRINTED: dict[str, Any] = {"norm": "inf", "start": "noise", "steps": 1}  # Algorithm 1
 SIZES = (1e-3, 1e-2, 0.1, 1.0)
 
 
 def run(model: nn.Module, **options: Any) -> Diagnosis:
     options.setdefault("generator", torch.Generator().manual_seed(0))
-    return diagnose(model, lambda m: m(IDS), **{"epsilons": SIZES, **options})
+    return diagnose(model, lambda m: m(IDS), **{"epsilons": SIZES, "reference_steps": 0, **PRINTED, **options})
 
 
 def unit_noise() -> Tensor:
@@ -33,7 +34,7 @@ def test_penalty_and_random_divergence_are_those_of_smart_loss() -> None:
     result = run(model)
     for row, size in enumerate(SIZES):
         for steps, expected in ((1, result.penalty[row]), (0, result.random_divergence[row])):
-            smart = SmartLoss(model, epsilon=size, step_size=size, noise_std=size, steps=steps)
+            smart = SmartLoss(model, epsilon=size, step_size=size, noise_std=size, **PRINTED | {"steps": steps})
             penalty = smart(lambda m: m(IDS), noise=size * scaled_noise(model)).penalty
             assert penalty.item() == pytest.approx(expected, rel=1e-3)
     gains = [p / r for p, r in zip(result.penalty, result.random_divergence, strict=True)]
@@ -48,7 +49,7 @@ def test_flips_are_the_changed_predictions() -> None:
     seen: list[Tensor] = []
     model.register_forward_hook(lambda m, a, out: seen.append(out.detach()))
     for row, size in enumerate((1.0, 3.0)):
-        smart = SmartLoss(model, epsilon=size, step_size=size, noise_std=size)
+        smart = SmartLoss(model, epsilon=size, step_size=size, noise_std=size, **PRINTED)
         smart(lambda m: m(IDS), noise=size * scaled_noise(model))
         assert result.flips is not None
         assert result.flips[row] == pytest.approx((seen[-1].argmax(-1) != clean).float().mean().item())
@@ -95,7 +96,11 @@ def test_rounding_share_and_cosine_follow_the_truth() -> None:
         model.head.bias[0] = 4.0  # predictions that do not change
     sizes = (1e-5, 1e-3, 0.1, 0.3)
     exact = diagnose(
-        models.in_float64(model), lambda m: m(IDS), epsilons=sizes, generator=torch.Generator().manual_seed(0)
+        models.in_float64(model),
+        lambda m: m(IDS),
+        epsilons=sizes,
+        generator=torch.Generator().manual_seed(0),
+        **PRINTED,
     )
     with torch.autocast("cpu", torch.bfloat16):
         half = run(model, epsilons=sizes)
@@ -239,6 +244,49 @@ def test_without_matplotlib_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_the_table() -> None:
     text = str(run(models.build()))
     assert text.splitlines()[0].split() == [
-        *("epsilon", "(x", "RMS)", "penalty", "random", "gain", "flips", "cosine", "rounding", "dropout")
+        *("epsilon", "(x", "RMS)", "penalty", "random", "gain", "of", "max", "flips", "cosine", "rounding"),
+        *("dropout", "lambda_s"),
     ]
     assert "recommended: epsilon from" in text
+
+
+@pytest.mark.parametrize("start", ["noise", "towards_uniform"])
+def test_the_share_of_the_maximum_is_that_of_a_longer_ascent(start: str) -> None:
+    model = models.build()
+    options = {"start": start, "norm": "2", "steps": 0, "epsilons": [0.1, 0.5]}
+    short = run(model, reference_steps=10, **options)
+    longer = run(model, reference_steps=40, **options)
+    assert short.share_of_maximum is not None
+    assert longer.share_of_maximum is not None
+    for row, size in enumerate((0.1, 0.5)):
+        assert 0 < longer.share_of_maximum[row] <= short.share_of_maximum[row] * 1.02 <= 1.02
+        assert short.share_of_maximum[row] == pytest.approx(longer.share_of_maximum[row], rel=0.1)
+        # The same by ascent through SmartLoss itself, in steps of one size.
+        smart = SmartLoss(model, epsilon=size, step_size=size, steps=40, start="towards_uniform", norm="2")
+        reached = smart(lambda m: m(IDS)).penalty.item()
+        assert short.penalty[row] / reached == pytest.approx(longer.share_of_maximum[row], rel=0.15)
+    assert f"{short.share_of_maximum[0]:.0%}" in str(short).splitlines()[1].split()
+    assert run(model, reference_steps=0, **options).share_of_maximum is None
+
+
+def test_a_better_search_reaches_more_of_the_maximum() -> None:
+    model = models.build()
+    ball = {"norm": "2", "epsilons": [0.2], "reference_steps": 20}
+    shares = [
+        run(model, start=start, steps=steps, **ball).share_of_maximum[0]  # type: ignore[index]  # there is one
+        for start, steps in (("noise", 0), ("towards_uniform", 0), ("towards_uniform", 1))
+    ]
+    assert shares[0] < 0.5 * shares[1] < 0.5 * shares[2]
+
+
+def test_the_suggested_lambda_weighs_a_tenth_of_the_loss() -> None:
+    model = models.build()
+    loss = nn.functional.cross_entropy(model(IDS), torch.zeros(len(IDS), dtype=torch.long))
+    result = run(model, loss=loss)
+    assert result.lambda_s == pytest.approx([0.1 * loss.item() / p for p in result.penalty])
+    assert run(model).lambda_s is None
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="loss must be a finite number above 0, the task loss on this batch, got"):
+            run(model, loss=wrong)
+    with pytest.raises(ValueError, match="reference_steps must be an int of 0 or more, got -1"):
+        run(model, reference_steps=-1)

@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from smartreg import SmartLoss
+
 ALGORITHM_1: dict[str, Any] = {"norm": "inf", "start": "noise", "steps": 1, "noise_std": 0.15}
 """Algorithm 1 as printed, with the sizes ε = η = σ = 0.15; the defaults are another, stronger search."""
+
+
+def algorithm_1(model: nn.Module, **options: Any) -> SmartLoss:
+    """`SmartLoss` with `ALGORITHM_1`, for what is particular to noise and to ascent steps."""
+    return SmartLoss(model, **{**ALGORITHM_1, **options})
+
 
 VOCABULARY, FEATURES, HIDDEN, CLASSES = 13, 4, 5, 3
 both_modes = pytest.mark.parametrize("memory_efficient", [False, True], ids=["standard", "efficient"])

@@ -34,16 +34,17 @@ def absolute(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def from_the_constructor() -> None:
-    SmartLoss(model(), embedding="0", noise_std=0.0)  # the line
+    SmartLoss(model(), embedding="0", noise_std=0.0, start="noise", steps=1)  # the line
 
 
 def from_a_call_behind_two_modules() -> None:
-    smart = SmartLoss(model(), embedding="0", noise_std=0.0, divergence=absolute)
+    options = {"noise_std": 0.0, "start": "noise", "steps": 1}
+    smart = SmartLoss(model(), embedding="0", divergence=absolute, **options)
     Wrapper(smart)(IDS)
 
 
 def from_the_function() -> None:
-    smoothness_penalty(lambda x: x.sum(dim=1), torch.ones(2, 2, 3), noise_std=0.0)  # the line
+    smoothness_penalty(lambda x: x.sum(dim=1), torch.ones(2, 2, 3), noise_std=0.0, start="noise", steps=1)  # the line
 
 
 def from_the_precision_check() -> None:

@@ -20,7 +20,7 @@ INTEGRATIONS = ("integrations",)
 LEVELS = (FORMULAS, SUPPORT, MECHANISMS, PUBLIC, ROOT, INTEGRATIONS)
 
 TORCH_ALONE = frozenset({"torch", "typing_extensions"}) | sys.stdlib_module_names
-INSIDE_FUNCTIONS = {("diagnosis", "matplotlib")}  # asked for when a figure is drawn
+INSIDE_FUNCTIONS = {("results", "matplotlib")}  # asked for when a figure is drawn
 MOST_LINES = 320
 
 

@@ -68,7 +68,9 @@ class PrecisionCheck:
         if settings.ascent != "normalized":
             asked["epsilon"] = (_epsilon_size(balls), coarse)
         doubtful = {name: size for name, (size, limit) in asked.items() if 0 < size < _SAFE * limit}
-        directions = [direction_of(ball, noise) for ball, noise in zip(balls, start, strict=True)]
+        # A start along a gradient moves the output so much that curvature would pass for rounding: noise of our own.
+        noise = start if settings.start == "noise" else [_own_noise(ball) for ball in balls]
+        directions = [direction_of(ball, nu) for ball, nu in zip(balls, noise, strict=True)]
         if not doubtful or not any(bool(direction.any()) for direction in directions):
             return
         needed = smallest_useful(objective, balls, directions)
@@ -96,6 +98,12 @@ def direction_of(ball: Ball, noise: Tensor) -> Tensor:
     wide = ball.embeddings.to(noise.dtype)
     size = root_mean_square(noise, ball.mask)
     return torch.where(size > 0, noise * (root_mean_square(wide, ball.mask) / torch.where(size > 0, size, 1.0)), 0.0)
+
+
+def _own_noise(ball: Ball) -> Tensor:
+    """Standard normal entries, always the same, that leave every generator of the user's alone."""
+    values = torch.randn(ball.embeddings.shape, generator=torch.Generator().manual_seed(0))
+    return ball.hide_padding(values.to(ball.embeddings.device, ball.entry_scale.dtype))
 
 
 def agreement(objective: Objective, balls: Sequence[Ball], perturbations: Sequence[Tensor]) -> float | None:

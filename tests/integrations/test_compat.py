@@ -6,6 +6,7 @@ import pytest
 import smart_pytorch
 import torch
 import torch.nn.functional as F
+from smart_models import algorithm_1
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, symmetric_kl
@@ -78,7 +79,7 @@ def test_smart_pytorch_from_its_random_state(name: str, steps: int, dropout: flo
     theirs.backward()
     their_gradients = gradients(model)
 
-    smart = SmartLoss(
+    smart = algorithm_1(
         model,
         embedding="embedding",
         divergence=divergence,
@@ -137,7 +138,7 @@ def test_virtual_adversarial_training() -> None:
     expected = vat(model, noise, epsilon)
     expected.backward()
     expected_gradients = gradients(model)
-    smart = SmartLoss(
+    smart = algorithm_1(
         model,
         embedding="embedding",
         divergence="kl",
@@ -173,7 +174,7 @@ def test_r3f(law: str) -> None:
     expected.backward()
     expected_gradients = gradients(model)
     epsilon = sigma if law == "uniform" else 1e9
-    smart = SmartLoss(model, embedding="embedding", steps=0, epsilon=epsilon, epsilon_scale="absolute")
+    smart = algorithm_1(model, embedding="embedding", steps=0, epsilon=epsilon, epsilon_scale="absolute")
     penalty = smart(lambda m: m(IDS), noise=z).penalty
     penalty.backward()
     assert expected.item() > 1e-3
@@ -202,7 +203,7 @@ def test_scale_invariant_fine_tuning() -> None:
     expected = sift(model, noise, epsilon=0.2, step=0.2)
     expected.backward()
     expected_gradients = gradients(model)
-    smart = SmartLoss(model, embedding="norm", epsilon=0.2, step_size=0.2, epsilon_scale="absolute")
+    smart = algorithm_1(model, embedding="norm", epsilon=0.2, step_size=0.2, epsilon_scale="absolute")
     penalty = smart(lambda m: m(IDS), noise=noise).penalty
     penalty.backward()
     assert expected.item() > 1e-3

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import recipes
 import torch
+from smart_models import algorithm_1
 from tiny_transformers import batch as bert_batch
 from tiny_transformers import build as build_bert
 from torch import Tensor, nn
@@ -81,14 +82,14 @@ def call(smart: SmartLoss, ids: Tensor) -> tuple[SmartOutput, dict[str, Tensor]]
 @pytest.mark.parametrize("in_place", [False, True], ids=["wrapped", "in place"])
 def test_compiled_equals_eager(made: str, in_place: bool, memory_efficient: bool) -> None:
     ids = sentences()
-    expected, expected_gradients = call(SmartLoss(reader()), ids)
+    expected, expected_gradients = call(algorithm_1(reader()), ids)
 
     model = reader()
-    holder = SmartLoss(model) if made == "before" else None  # keeps the hook that the graph is traced with
+    holder = algorithm_1(model) if made == "before" else None  # keeps the hook that the graph is traced with
     wrapped = compiled(model, in_place)
     if holder is not None:
         wrapped(ids)
-    found, gradients = call(SmartLoss(wrapped, memory_efficient=memory_efficient), ids)
+    found, gradients = call(algorithm_1(wrapped, memory_efficient=memory_efficient), ids)
 
     assert expected.penalty.item() > 1e-4
     torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-5, atol=1e-7)
@@ -172,7 +173,7 @@ def test_autocast_is_seen_inside_a_compiled_graph() -> None:
         dtypes.append((first.dtype, second.dtype))
         return (first.float() - second.float()).square().sum()
 
-    smart = SmartLoss(compiled(reader()), divergence=spy, ascent_autocast=False)
+    smart = algorithm_1(compiled(reader()), divergence=spy, ascent_autocast=False)
     with torch.autocast("cpu", torch.bfloat16):
         smart(lambda m: m(ids))
     ascent, last = dtypes[-2:]

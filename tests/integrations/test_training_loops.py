@@ -12,6 +12,7 @@ import recipes
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
+from smart_models import algorithm_1
 from tiny_transformers import FAMILIES, LABELS, VOCABULARY, build
 from torch import Tensor, nn
 
@@ -215,7 +216,7 @@ def test_accelerate_in_bfloat16(accelerator: Callable[..., Any], memory_efficien
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert bregman.updates == 2
 
-    zero = SmartLoss(found["model"], epsilon=0.0, memory_efficient=memory_efficient)
+    zero = algorithm_1(found["model"], epsilon=0.0, memory_efficient=memory_efficient)
     assert zero(lambda m: m(**batch)).penalty.item() == 0.0
     # Made from the prepared model, the teacher rounds as the model does.
     model.eval()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from smart_models import algorithm_1
 from tiny_transformers import FAMILIES, LABELS, VOCABULARY, batch, build, masks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +29,7 @@ def logits_of(output: Any) -> list[Tensor]:
 
 
 def smart_loss(name: str, model: nn.Module, **options: Any) -> SmartLoss:
-    return SmartLoss(model, output_to_logits=compared(name), **options)
+    return algorithm_1(model, output_to_logits=compared(name), **options)
 
 
 def by_inputs_embeds(name: str, model: nn.Module, inputs: dict[str, Tensor], noise: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import numerics_models as models
 import pytest
 import torch
+from smart_models import algorithm_1
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, smoothness_penalty
@@ -86,7 +87,7 @@ def test_bfloat16_autocast_is_within_ten_percent_of_float64(size: float) -> None
 
 def found_direction(model: models.Encoder, size: float, autocast: torch.dtype | None, **options: Any) -> Tensor:
     """Where one long step from tiny noise leads: along the ascent direction."""
-    smart = SmartLoss(model, epsilon=1e3, step_size=1.0, noise_std=size, norm="2", **options)
+    smart = algorithm_1(model, epsilon=1e3, step_size=1.0, noise_std=size, norm="2", **options)
     seen: list[Tensor] = []
     handle = model.words.register_forward_hook(lambda m, a, out: seen.append(out.detach().double()))
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
@@ -200,7 +201,7 @@ def test_one_bad_example_leaves_the_others_alone(autocast: torch.dtype | None) -
     noise = 0.15 * unit_noise(model)
     seen: list[Tensor] = []
     model.words.register_forward_hook(lambda m, a, out: seen.append(out.detach()))
-    smart = SmartLoss(Bad(model), embedding="inner.words")
+    smart = algorithm_1(Bad(model), embedding="inner.words")
     deltas = {}
     for name, rows in (("with", [0, 1, 2, 3, 4, 5]), ("without", [0, 1, 3, 4, 5])):
         seen.clear()

@@ -145,6 +145,7 @@ def test_tiny_and_huge_gradients_have_a_direction(dtype: torch.dtype) -> None:
             noise=torch.zeros(2, 3, 2),
             epsilon=0.5,
             step_size=0.5,
+            steps=1,
             norm="2",
             epsilon_scale="absolute",
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import CLASSES, FEATURES, VOCABULARY, both_modes
+from smart_models import CLASSES, FEATURES, VOCABULARY, algorithm_1, both_modes
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
@@ -136,7 +136,7 @@ def test_a_large_batch_draws_each_mask_once(memory_efficient: bool, steps: int) 
 @needs_modes_beside_compile
 @both_modes
 def test_small_batches_are_left_alone_after_the_first(memory_efficient: bool) -> None:
-    smart = SmartLoss(model(), embedding="embedding", memory_efficient=memory_efficient)
+    smart = algorithm_1(model(), embedding="embedding", memory_efficient=memory_efficient)
     every_pass = 2 * (4 if memory_efficient else 3)
     counts = [draws_of(lambda ids=ids: smart(lambda m: m(ids))) for ids in (SMALL, SMALL, IDS, IDS, SMALL, SMALL)]
     assert counts == [2, every_pass, every_pass, 2, 2, every_pass]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import CLASSES, FEATURES, VOCABULARY, Sentence, batch, both_modes, build, perturbations
+from smart_models import CLASSES, FEATURES, VOCABULARY, Sentence, algorithm_1, batch, both_modes, build, perturbations
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -55,7 +55,7 @@ models = pytest.mark.parametrize("make", [with_dropout_layers, with_sdpa_dropout
 def test_shared_dropout_gives_exactly_zero_without_a_perturbation(make: Any, memory_efficient: bool, how: str) -> None:
     model, forward = make()
     options = {"epsilon": 0.0} if how == "epsilon" else {"noise_std": 0.0, "steps": 0}
-    smart = SmartLoss(model, embedding=embedding_of(model), memory_efficient=memory_efficient, **options)
+    smart = algorithm_1(model, embedding=embedding_of(model), memory_efficient=memory_efficient, **options)
     for _ in range(3):
         assert smart(forward).penalty.item() == 0.0
 
@@ -126,7 +126,7 @@ def test_random_state_afterwards(steps: int, memory_efficient: bool) -> None:
 
     torch.manual_seed(5)
     model.seen.clear()
-    smart = SmartLoss(model, steps=steps, noise_std=1e-3, epsilon_scale="absolute", memory_efficient=memory_efficient)
+    smart = algorithm_1(model, steps=steps, noise_std=1e-3, epsilon_scale="absolute", memory_efficient=memory_efficient)
     smart(lambda m: m(IDS, MASK))
     assert torch.equal(torch.get_rng_state(), expected)
     torch.testing.assert_close(perturbations(model)[0][0], 1e-3 * noise, rtol=0, atol=1e-15)  # and this is the draw
@@ -142,7 +142,7 @@ def test_random_state_afterwards_when_nothing_is_drawn_from_it(how: str, memory_
     torch.manual_seed(5)
     generator = torch.Generator().manual_seed(1)
     options: dict[str, Any] = {"generator": {"generator": generator}, "noise_std": {"noise_std": 0.0, "steps": 0}}
-    smart = SmartLoss(model, memory_efficient=memory_efficient, **options.get(how, {}))
+    smart = algorithm_1(model, memory_efficient=memory_efficient, **options.get(how, {}))
     smart(lambda m: m(IDS, MASK), noise=torch.ones_like if how == "noise" else None)
     assert torch.equal(torch.get_rng_state(), expected)
     assert torch.equal(generator.get_state(), torch.Generator().manual_seed(1).get_state()) == (how != "generator")
@@ -158,7 +158,7 @@ def test_independent_dropout_advances_the_random_state_by_every_pass(memory_effi
         model(IDS, MASK)
     expected = torch.get_rng_state()
     torch.manual_seed(5)
-    smart = SmartLoss(model, steps=2, dropout="independent", memory_efficient=memory_efficient)
+    smart = algorithm_1(model, steps=2, dropout="independent", memory_efficient=memory_efficient)
     smart(lambda m: m(IDS, MASK))
     assert torch.equal(torch.get_rng_state(), expected)
 
@@ -169,7 +169,7 @@ def test_generator_decides_the_noise_and_nothing_else() -> None:
     def call(seed_of_noise: int, seed_of_dropout: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed_of_dropout)
         model.seen.clear()
-        smart = SmartLoss(model, generator=torch.Generator().manual_seed(seed_of_noise))
+        smart = algorithm_1(model, generator=torch.Generator().manual_seed(seed_of_noise))
         return smart(lambda m: m(IDS, MASK)).outputs, perturbations(model)[0][0]
 
     (outputs, noise), (others, same), (outputs_again, other) = call(1, 1), call(1, 2), call(2, 1)
@@ -181,7 +181,7 @@ def test_generator_decides_the_noise_and_nothing_else() -> None:
 
 def test_a_second_call_draws_other_noise() -> None:
     model = build()
-    smart = SmartLoss(model, generator=torch.Generator().manual_seed(1))
+    smart = algorithm_1(model, generator=torch.Generator().manual_seed(1))
     smart(lambda m: m(IDS, MASK))
     smart(lambda m: m(IDS, MASK))
     passes = [model.seen[index] - model.seen[0] for index in (1, 4)]
@@ -192,7 +192,7 @@ def test_noise_has_the_standard_deviation_asked_for() -> None:
     ids = torch.randint(1, VOCABULARY, (2, 4000), generator=torch.Generator().manual_seed(0))
     for scale in ("rms", "absolute"):
         model = build(scale=3.0)
-        smart = SmartLoss(model, noise_std=0.02, epsilon=9.0, steps=0, epsilon_scale=scale)
+        smart = algorithm_1(model, noise_std=0.02, epsilon=9.0, steps=0, epsilon_scale=scale)
         smart(lambda m: m(ids), mask=torch.ones_like(ids))
         (noise,) = perturbations(model)[0]
         unit = model.seen[0].square().mean(dim=(1, 2)).sqrt() if scale == "rms" else torch.ones(2)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import FEATURES, VOCABULARY, Sentence, batch, build
+from smart_models import FEATURES, VOCABULARY, Sentence, algorithm_1, batch, build
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, SmartWarning, mse, smoothness_penalty, symmetric_kl
@@ -235,7 +235,7 @@ def flat() -> Any:
 
 def test_steps_without_noise_have_nothing_to_follow() -> None:
     with flat():
-        smart = SmartLoss(build(), noise_std=0.0, steps=2)
+        smart = algorithm_1(build(), noise_std=0.0, steps=2)
     penalty = smart(lambda m: m(IDS)).penalty  # said once, not again: warnings are errors here
     assert penalty.item() == 0.0
     assert smart.stats.bad_examples == 3
@@ -245,7 +245,7 @@ def test_that_warning_is_for_built_in_divergences_alone() -> None:
     def slanted(a: Tensor, b: Tensor) -> Tensor:
         return (a - b).sum()
 
-    smart = SmartLoss(build(), noise_std=0.0, steps=2, divergence=slanted)
+    smart = algorithm_1(build(), noise_std=0.0, steps=2, divergence=slanted)
     assert smart(lambda m: m(IDS)).penalty.item() > 0
     assert smart(lambda m: m(IDS), divergence=mse, noise=torch.ones(3, 4, FEATURES)).penalty.item() > 0
     with flat():

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import CLASSES, FEATURES, VOCABULARY, Sentence, batch, build
+from smart_models import CLASSES, FEATURES, VOCABULARY, Sentence, algorithm_1, batch, build
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -117,7 +117,7 @@ def test_a_copy_made_in_the_middle_of_a_call_is_inert(copied: Callable[[nn.Modul
         twins.append(copied(m))
         return m(IDS)
 
-    _, penalty = SmartLoss(model)(forward)
+    _, penalty = algorithm_1(model)(forward)
     assert penalty.item() > 0
     assert len(twins) == 3
     assert all(torch.equal(twin(IDS), plain) for twin in twins)

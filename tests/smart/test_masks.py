@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import FEATURES, Sentence, batch, build, noise, perturbations
+from smart_models import FEATURES, Sentence, algorithm_1, batch, build, noise, perturbations
 from torch import Tensor
 
 from smartreg import SmartLoss
@@ -47,7 +47,7 @@ def test_padding_is_never_perturbed(ascent: str, norm: str, norm_over: str, step
 @pytest.mark.parametrize("norm", ["inf", "2"])
 def test_gradient_at_padding_does_not_count_in_its_norm(norm: str) -> None:
     model = leaking()
-    smart = SmartLoss(model, norm=norm, epsilon=3.0, step_size=1.0, epsilon_scale="absolute")
+    smart = algorithm_1(model, norm=norm, epsilon=3.0, step_size=1.0, epsilon_scale="absolute")
     smart(lambda m: m(IDS), mask=MASK, noise=noise)
     (start,), (end,) = perturbations(model)
     step = (end - start)[1:]  # the rows whose last position, with the giant gradient, is padding

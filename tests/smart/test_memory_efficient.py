@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import CLASSES, FEATURES, HIDDEN, VOCABULARY, Sentence, batch, build, gradients
+from smart_models import CLASSES, FEATURES, HIDDEN, VOCABULARY, Sentence, algorithm_1, batch, build, gradients
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -269,7 +269,7 @@ def test_no_more_than_one_graph_at_a_time(memory_efficient: bool) -> None:
         alive.append((earlier, activations[-1]() is not None))
         return logits
 
-    outputs, penalty = SmartLoss(model, steps=2, memory_efficient=memory_efficient)(forward)
+    outputs, penalty = algorithm_1(model, steps=2, memory_efficient=memory_efficient)(forward)
     if memory_efficient:  # reference, two of ascent, perturbed, clean
         assert [earlier for earlier, _ in alive] == [[False] * number for number in range(5)]
         assert [own for _, own in alive] == [False, True, True, True, True]

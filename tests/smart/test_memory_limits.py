@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import CLASSES, Sentence, batch, build, gradients
+from smart_models import CLASSES, Sentence, algorithm_1, batch, build, gradients
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, mse
@@ -76,17 +76,17 @@ def test_a_backward_inside_forward_is_an_error() -> None:
         return logits
 
     with pytest.raises(RuntimeError, match="forward must not run a backward of its own"):
-        SmartLoss(build(), memory_efficient=True)(forward)
+        algorithm_1(build(), memory_efficient=True)(forward)
 
 
 def test_without_gradients_it_is_the_standard_mode() -> None:
     model = build()
-    smart = SmartLoss(model, memory_efficient=True)
+    smart = algorithm_1(model, memory_efficient=True)
     with torch.no_grad():
         _, penalty = smart(lambda m: m(IDS, MASK), noise=noise)
     assert len(model.seen) == 3
     assert not penalty.requires_grad
-    assert penalty.item() == SmartLoss(model)(lambda m: m(IDS, MASK), noise=noise).penalty.item()
+    assert penalty.item() == algorithm_1(model)(lambda m: m(IDS, MASK), noise=noise).penalty.item()
 
 
 def test_a_model_without_a_trainable_parameter() -> None:
@@ -137,7 +137,7 @@ def test_float16_gradients_that_would_vanish_in_the_inner_backward() -> None:
     found = []
     for memory_efficient in (False, True):
         model = build(dtype=torch.float16, scale=2.0)
-        smart = SmartLoss(model, divergence=faint, memory_efficient=memory_efficient)
+        smart = algorithm_1(model, divergence=faint, memory_efficient=memory_efficient)
         (2.0**20 * smart(lambda m: m(IDS, MASK), noise=noise).penalty).backward()
         found.append(torch.cat([gradient.flatten().float() for gradient in gradients(model).values()]))
     assert found[0].abs().max() / 2.0**20 < torch.finfo(torch.float16).smallest_normal / 10

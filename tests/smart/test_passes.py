@@ -5,7 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import CLASSES, FEATURES, HIDDEN, VOCABULARY, Sentence, batch, build, counting, perturbations
+from smart_models import (
+    CLASSES,
+    FEATURES,
+    HIDDEN,
+    VOCABULARY,
+    Sentence,
+    algorithm_1,
+    batch,
+    build,
+    counting,
+    perturbations,
+)
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, SmartOutput, mse, symmetric_kl
@@ -19,7 +30,7 @@ OTHER, _ = batch(1, tokens=6)
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_number_of_passes(steps: int, memory_efficient: bool, grad: bool) -> None:
     model = build()
-    smart = SmartLoss(model, steps=steps, memory_efficient=memory_efficient)
+    smart = algorithm_1(model, steps=steps, memory_efficient=memory_efficient)
     calls = []
     with counting(model) as passes, torch.set_grad_enabled(grad):
         outputs, penalty = smart(lambda m: (calls.append(m), m(IDS))[1])
@@ -71,7 +82,7 @@ def test_divergence_gets_perturbed_then_clean(memory_efficient: bool) -> None:
         pairs.append((perturbed.detach().clone(), clean.detach().clone()))
         return (perturbed - clean).square().sum()
 
-    smart = SmartLoss(build(), divergence=divergence, memory_efficient=memory_efficient)
+    smart = algorithm_1(build(), divergence=divergence, memory_efficient=memory_efficient)
     outputs, penalty = smart(lambda m: m(IDS))
     assert len(pairs) == 2  # one step, one final comparison
     assert all(torch.equal(clean, outputs) for _, clean in pairs)
@@ -87,12 +98,12 @@ def test_divergence_of_the_call_overrides_that_of_the_constructor() -> None:
         return mse(a, b)
 
     noise = torch.full((*IDS.shape, FEATURES), 0.01).double()
-    smart = SmartLoss(model, divergence=custom)
+    smart = algorithm_1(model, divergence=custom)
     theirs = smart(lambda m: m(IDS), divergence="symmetric_kl", noise=noise).penalty
     assert seen == []
-    assert theirs.item() == SmartLoss(model)(lambda m: m(IDS), noise=noise).penalty.item()
+    assert theirs.item() == algorithm_1(model)(lambda m: m(IDS), noise=noise).penalty.item()
     assert smart(lambda m: m(IDS), noise=noise).penalty.item() == (
-        SmartLoss(model, divergence="mse")(lambda m: m(IDS), noise=noise).penalty.item()
+        algorithm_1(model, divergence="mse")(lambda m: m(IDS), noise=noise).penalty.item()
     )
     assert seen == ["custom", "custom"]
 
@@ -190,7 +201,7 @@ def test_any_layer_may_be_perturbed() -> None:
 
     torch.manual_seed(0)
     model = Normed()
-    smart = SmartLoss(model, embedding="norm", steps=0, epsilon=0.25, epsilon_scale="absolute")
+    smart = algorithm_1(model, embedding="norm", steps=0, epsilon=0.25, epsilon_scale="absolute")
     smart(lambda m: m(IDS), noise=torch.full((*IDS.shape, FEATURES), 7.0))
     torch.testing.assert_close(perturbations(model)[0][0], torch.full((*IDS.shape, FEATURES), 0.25), rtol=0, atol=1e-6)
 

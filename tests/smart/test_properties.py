@@ -6,10 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from smart_models import FEATURES, VOCABULARY, build, perturbations
+from smart_models import FEATURES, VOCABULARY, algorithm_1, build, perturbations
 from torch import Tensor
-
-from smartreg import SmartLoss
 
 everywhere = settings(
     derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], database=None
@@ -42,7 +40,7 @@ def batches(draw: st.DrawFn, *, least: int = 0) -> tuple[Tensor, Tensor, Tensor]
 def final(ids: Tensor, mask: Tensor | None, noise: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     """The penalty and the last perturbation."""
     model = build(scale=2.0)
-    _, penalty = SmartLoss(model, **options)(lambda m: m(ids, mask), mask=mask, noise=noise)
+    _, penalty = algorithm_1(model, **options)(lambda m: m(ids, mask), mask=mask, noise=noise)
     return penalty, perturbations(model)[options.get("steps", 1) if options.get("epsilon", 1.0) else 0][0]
 
 
@@ -51,7 +49,7 @@ def final(ids: Tensor, mask: Tensor | None, noise: Tensor | None, **options: Any
 def test_inside_the_ball(data: tuple[Tensor, Tensor, Tensor], ball: dict[str, Any]) -> None:
     ids, mask, _ = data
     model = build(scale=2.0)
-    smart = SmartLoss(model, **ball, generator=torch.Generator().manual_seed(0))
+    smart = algorithm_1(model, **ball, generator=torch.Generator().manual_seed(0))
     _, penalty = smart(lambda m: m(ids, mask), mask=mask)
     x, count = model.seen[0], mask.sum(dim=1).clamp_min(1).double() * FEATURES
     unit = torch.ones(len(ids)).double()
@@ -117,7 +115,7 @@ def test_both_modes_agree(data: tuple[Tensor, Tensor, Tensor], ball: dict[str, A
     found = []
     for memory_efficient in (False, True):
         model = build(scale=2.0)
-        smart = SmartLoss(model, memory_efficient=memory_efficient, **ball)
+        smart = algorithm_1(model, memory_efficient=memory_efficient, **ball)
         outputs, penalty = smart(lambda m: m(ids, mask), mask=mask, noise=noise)
         (outputs.square().sum() + penalty).backward()
         found.append((penalty.item(), [parameter.grad for parameter in model.parameters()]))
@@ -169,7 +167,7 @@ def test_without_gradients_the_same_penalty_without_a_graph(
 @pytest.mark.parametrize("steps", [0, 2])
 def test_empty_batch(steps: int, memory_efficient: bool) -> None:
     model = build()
-    smart = SmartLoss(model, steps=steps, memory_efficient=memory_efficient)
+    smart = algorithm_1(model, steps=steps, memory_efficient=memory_efficient)
     ids = torch.zeros(0, 4, dtype=torch.long)
     outputs, penalty = smart(lambda m: m(ids), mask=torch.ones(0, 4))
     penalty.backward()
@@ -182,7 +180,7 @@ def test_empty_batch(steps: int, memory_efficient: bool) -> None:
 @pytest.mark.parametrize("memory_efficient", [False, True], ids=["standard", "efficient"])
 def test_other_dtypes_of_the_model(dtype: torch.dtype, memory_efficient: bool) -> None:
     model = build(dtype=dtype, scale=2.0)
-    smart = SmartLoss(model, steps=2, memory_efficient=memory_efficient)
+    smart = algorithm_1(model, steps=2, memory_efficient=memory_efficient)
     ids, mask = torch.arange(12).reshape(3, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
     outputs, penalty = smart(lambda m: m(ids, mask), mask=mask, noise=lambda x: torch.full_like(x, 0.25))
     assert outputs.dtype == dtype
@@ -191,5 +189,5 @@ def test_other_dtypes_of_the_model(dtype: torch.dtype, memory_efficient: bool) -
     assert all(parameter.grad.dtype == dtype for parameter in model.parameters())
     exact = build(scale=2.0)
     noise = torch.full((3, 4, FEATURES), 0.25).double()
-    expected = SmartLoss(exact, steps=2)(lambda m: m(ids, mask), mask=mask, noise=noise).penalty.item()
+    expected = algorithm_1(exact, steps=2)(lambda m: m(ids, mask), mask=mask, noise=noise).penalty.item()
     assert penalty.item() == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 0.15)

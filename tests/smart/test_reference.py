@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from smart_models import CLASSES, FEATURES, Sentence, batch, build, gradients, perturbations
+from smart_models import CLASSES, FEATURES, Sentence, algorithm_1, batch, build, gradients, perturbations
 from torch import Tensor
 
 from smartreg import SmartLoss
@@ -75,7 +75,7 @@ def test_algorithm_1(
 def test_detached_reference(memory_efficient: bool) -> None:
     model, forward, ids, masks, noise = case(2)
     ball = {"epsilon": 0.1, "step_size": 0.06, "norm": "inf", "norm_over": "example"}
-    _, penalty = SmartLoss(model, detach_reference=True, memory_efficient=memory_efficient, **ball)(
+    _, penalty = algorithm_1(model, detach_reference=True, memory_efficient=memory_efficient, **ball)(
         forward, mask=masks, noise=noise
     )
     penalty.backward()

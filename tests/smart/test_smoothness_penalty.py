@@ -1,5 +1,6 @@
 """`smoothness_penalty`: `SmartLoss` for those who hold the embeddings, pixels or audio in their hands."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from smart_models import FEATURES, Sentence, batch, build
+from smart_models import ALGORITHM_1, FEATURES, Sentence, algorithm_1, batch, build
 from torch import Tensor, nn
 
-from smartreg import SmartLoss, SmartOutput, SmartWarning, mse, smoothness_penalty, symmetric_kl
+import smartreg
+from smartreg import SmartOutput, SmartWarning, mse, symmetric_kl
 
+smoothness_penalty = partial(smartreg.smoothness_penalty, **ALGORITHM_1)  # unless a test says otherwise
 IDS, MASK = batch(examples=3, tokens=4)
 
 
@@ -85,7 +88,7 @@ def test_equals_smart_loss(options: dict[str, Any]) -> None:
             embeds = model.embedding(IDS)
             result = smoothness_penalty(fn, embeds, mask=MASK, noise=noise, **options)
         else:
-            result = SmartLoss(model, **options)(lambda m, fn=fn: fn(m.embedding(IDS)), mask=MASK, noise=noise)
+            result = algorithm_1(model, **options)(lambda m, fn=fn: fn(m.embedding(IDS)), mask=MASK, noise=noise)
         assert isinstance(result, SmartOutput)
         (result.outputs.square().sum() + result.penalty).backward()
         found.append((result.penalty.item(), torch.get_rng_state(), [p.grad for p in model.parameters()]))

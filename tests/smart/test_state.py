@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import CLASSES, FEATURES, VOCABULARY, batch, both_modes
+from smart_models import ALGORITHM_1, CLASSES, FEATURES, VOCABULARY, algorithm_1, batch, both_modes
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, symmetric_kl
@@ -128,8 +128,8 @@ def test_buffers_and_attributes_start_every_pass_as_before_the_call(memory_effic
         seen.append((int(m.calls), m.average.clone(), m.auxiliary))
         return m(IDS)
 
-    call(model, forward)
-    call(model, forward, memory_efficient=memory_efficient)
+    call(model, forward, **ALGORITHM_1)
+    call(model, forward, memory_efficient=memory_efficient, **ALGORITHM_1)
     assert [count for count, _, _ in seen] == [0, 0, 0] + [1] * (4 if memory_efficient else 3)
     assert all(torch.equal(average, seen[0][1]) for _, average, _ in seen[:3])
     assert all(torch.equal(average, seen[3][1]) for _, average, _ in seen[3:])
@@ -221,7 +221,7 @@ def test_something_else_raises(culprit: str, memory_efficient: bool) -> None:
         fail()
         return outputs
 
-    smart = SmartLoss(
+    smart = algorithm_1(
         model, memory_efficient=memory_efficient, output_to_logits=to_logits if culprit == "output_to_logits" else None,
         generator=torch.Generator().manual_seed(2),
     )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import FEATURES, Sentence, batch, both_modes, build, gradients, noise, perturbations
+from smart_models import FEATURES, Sentence, algorithm_1, batch, both_modes, build, gradients, noise, perturbations
 from torch import Tensor
 
 from smartreg import SmartLoss, symmetric_kl
@@ -16,7 +16,7 @@ IDS, MASK = batch(examples=4, tokens=5)
 @both_modes
 def test_numbers_of_the_last_call(memory_efficient: bool) -> None:
     model = build(scale=2.0)
-    smart = SmartLoss(model, steps=2, memory_efficient=memory_efficient)
+    smart = algorithm_1(model, steps=2, memory_efficient=memory_efficient)
     assert smart.stats is None
     outputs, penalty = smart(lambda m: m(IDS, MASK), mask=MASK, noise=noise)
     stats = smart.stats
@@ -141,7 +141,7 @@ def test_an_unusable_gradient_in_one_example(poison: float, ascent: str, norm: s
 
 def test_noise_that_is_kept_is_projected_all_the_same() -> None:
     model = build()
-    smart = SmartLoss(model, epsilon=0.5, epsilon_scale="absolute")
+    smart = algorithm_1(model, epsilon=0.5, epsilon_scale="absolute")
     model.embedding.register_forward_hook(spoiled(float("nan"), [False, True, False, False]))
     smart(lambda m: m(IDS), noise=lambda x: torch.full_like(x, 0.7))
     assert perturbations(model)[1][0][1].abs().max().item() == pytest.approx(0.5, rel=1e-12)
@@ -182,7 +182,7 @@ def test_an_example_is_counted_once(lookup: int) -> None:
 
 def test_an_example_bad_in_both_look_ups_is_one_example() -> None:
     model = build(sentences=2)
-    smart = SmartLoss(model)
+    smart = algorithm_1(model)
     for lookup, rows in enumerate([[True, False, False, True], [False, False, False, True]]):
         model.embedding.register_forward_hook(spoiled(float("nan"), rows, lookup, lookups=2))
     smart(lambda m: m.compare(IDS, None, IDS, None))

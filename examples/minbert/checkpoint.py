@@ -61,22 +61,22 @@ def prepare(folder: Path, settings: Settings, config: BertConfig, tokenizer: Sen
     write_json(folder / "settings.json", settings.to_dict())
 
 
-def saved_settings(folder: Path, flag: str) -> Settings:
-    """The settings of a run.
+def saved_settings(folder: Path, given_as: str) -> Settings:
+    """The settings of a run, whose folder was given as this flag.
 
     Raises:
         InputError: the folder is no run.
     """
     file = folder / "settings.json"
     if not folder.is_dir():
-        raise InputError(f"{flag} {folder}: no such folder")
+        raise InputError(f"{given_as} {folder}: no such folder")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("expected an object")
         return Settings.from_dict(values)
     except FileNotFoundError:
-        raise InputError(f"{flag} {folder}: is not a run: no settings.json in it") from None
+        raise InputError(f"{given_as} {folder}: is not a run: no settings.json in it") from None
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file}: unreadable ({error})") from None
 
@@ -138,15 +138,15 @@ def latest(folder: Path) -> Path | None:
     return max(found, default=None)
 
 
-def last_checkpoint(folder: Path, flag: str) -> Path:
-    """The last complete checkpoint.
+def last_checkpoint(folder: Path, given_as: str) -> Path:
+    """The last complete checkpoint of a run, whose folder was given as this flag.
 
     Raises:
         InputError: there is none.
     """
     found = latest(folder)
     if found is None:
-        raise InputError(f"{flag} {folder}: the run has no checkpoint yet")
+        raise InputError(f"{given_as} {folder}: the run has no checkpoint yet")
     return found
 
 

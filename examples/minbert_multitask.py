@@ -3,7 +3,7 @@
     python examples/minbert_multitask.py            # t-smart on the sample data, in minutes on two cores
     python examples/minbert_multitask.py --help
 
-The parts are in `examples/minbert/`; `regularized.py` there has the lines that add SMART to a training step.
+The parts are in `examples/minbert/`; `objective.py` there has the lines that add SMART to a training step.
 """
 
 import sys

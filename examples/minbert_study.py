@@ -7,7 +7,7 @@ A study that was cut off goes on with the same command; runs that are done are n
 
 import sys
 
-from minbert.study import main
+from minbert.study.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from minbert.config import BertConfig
-from minbert.encoder import BertEncoder
+from minbert.bert import BertConfig, BertEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "minbert_multitask.py"

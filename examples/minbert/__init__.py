@@ -1,5 +1,24 @@
 """minBERT from scratch, and the multitask fine-tuning example built on it.
 
-Read `encoder.py` for the model, `regularized.py` for the five lines that add SMART to a training step, and
-`training.py` for the loop around them. `examples/minbert_multitask.py` wires the parts together.
+The five lines that add SMART to a training step are in `objective.py`. Around them, from the outside in:
+
+cli.py          from the command line to a finished run
+settings.py     every setting: its flag, its range, the argument of the library that it becomes
+train.py        the loop; with `optimizer.py` (AdamW, learning rate) and `progress.py` (losses, memory, SIGTERM)
+objective.py    the loss of a batch: task loss, smoothness, Bregman term
+model.py        one encoder, one head a task; on `bert.py` (the encoder) and `pretrained.py` (its weights)
+tasks.py        the four tasks, their losses and metrics
+data.py         reading the files; `batching.py` makes tensors of them
+evaluate.py     metrics and predictions of a split
+report.py       what a run prints, `metrics.json`, the figure
+checkpoint.py   the folder of a run, and how it survives being killed
+distributed.py  devices and processes
+study/          configurations compared over seeds
 """
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; the message is one line that says what, where and how to fix it.
+
+    The command line prints it without a traceback and exits with code 2. Anything else that escapes is a bug.
+    """

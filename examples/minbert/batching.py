@@ -1,32 +1,70 @@
-"""Which examples train together, and the tensors made of them.
+"""From sentences to the tensors of a step: token ids, which rows train together, padding.
 
 An epoch is a list of steps; a step is a task and the rows it trains on. The list is a pure function of (seed, epoch),
 so a resumed run rebuilds it and skips to its position, and every process of a distributed run knows all of it.
 """
 
 import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor
 
+from . import InputError
 from .data import Split
 from .tasks import Task
-from .tokenizer import SentenceTokenizer
 
 POOL = 32
 """Steps' worth of rows that are sorted by length together: enough to save padding, few enough to stay random."""
 
 
-class Step(NamedTuple):
-    """One optimizer step: a task and the rows of its training set."""
+class SentenceTokenizer:
+    """`[CLS] words [SEP]`, cut to a length, without padding (batches are padded to their own longest sentence).
 
-    task: str
-    rows: list[int]
+    Args:
+        folder: holds `tokenizer.json`, or an older checkpoint's `vocab.txt` (then read as an uncased word-piece
+            vocabulary unless `tokenizer_config.json` says `"do_lower_case": false`).
+        max_length: tokens a sentence may have, `[CLS]` and `[SEP]` included.
+    """
+
+    def __init__(self, folder: Path, max_length: int) -> None:
+        self.tokenizer = _read(folder)
+        # The embedded checkpoint's file pads everything to 128 tokens; batches here are padded dynamically.
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(max_length)
+        self.max_length = max_length
+
+    def __call__(self, sentences: Sequence[str]) -> list[list[int]]:
+        """Token ids of each sentence."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(sentences))]
+
+    def save(self, folder: Path) -> None:
+        """Writes `tokenizer.json`, from which the same tokenizer can be built again."""
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _read(folder: Path) -> Tokenizer:
+    file, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
+    if not file.is_file() and not vocabulary.is_file():
+        raise InputError(f"{file}: no such file, and no vocab.txt beside it; the checkpoint has no tokenizer")
+    try:
+        if file.is_file():
+            return Tokenizer.from_file(str(file))
+        return BertWordPieceTokenizer(str(vocabulary), lowercase=_lowercase(folder))._tokenizer
+    except Exception as error:  # the tokenizers library raises bare Exception for a file that it cannot parse
+        raise InputError(f"{folder}: unreadable tokenizer ({error})") from None
+
+
+def _lowercase(folder: Path) -> bool:
+    file = folder / "tokenizer_config.json"
+    return bool(json.loads(file.read_text(encoding="utf-8")).get("do_lower_case", True)) if file.is_file() else True
 
 
 @dataclass(frozen=True)
@@ -48,17 +86,6 @@ class TokenSet:
         return [max(map(len, row)) for row in self.tokens]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Padded tensors of some rows; `sentences` and `masks` have one entry a sentence of the task (one or two)."""
-
-    task: Task
-    rows: list[int]
-    sentences: tuple[Tensor, ...]  # each (batch, length)
-    masks: tuple[Tensor, ...]  # each (batch, length), True for real tokens
-    labels: Tensor | None  # (batch,)
-
-
 def tokenize(split: Split, tokenizer: SentenceTokenizer) -> TokenSet:
     """Token ids of a split."""
     columns = [tokenizer([row.sentences[i] for row in split.examples]) for i in range(len(split.task.columns))]
@@ -75,6 +102,17 @@ def fingerprint(sets: Mapping[str, TokenSet]) -> str:
     for name, data in sets.items():
         digest.update(repr((name, data.ids, data.tokens, data.labels)).encode())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded tensors of some rows; `sentences` and `masks` have one entry a sentence of the task (one or two)."""
+
+    task: Task
+    rows: list[int]
+    sentences: tuple[Tensor, ...]  # each (batch, length)
+    masks: tuple[Tensor, ...]  # each (batch, length), True for real tokens
+    labels: Tensor | None  # (batch,)
 
 
 def collate(data: TokenSet, rows: Sequence[int], pad_id: int, device: torch.device) -> Batch:
@@ -95,6 +133,13 @@ def collate(data: TokenSet, rows: Sequence[int], pad_id: int, device: torch.devi
         masks.append(place(torch.arange(length) < sizes[:, None]))
     labels = None if data.labels is None else place(torch.tensor([data.labels[row] for row in rows]))
     return Batch(data.task, list(rows), tuple(sentences), tuple(masks), labels)
+
+
+class Step(NamedTuple):
+    """One optimizer step: a task and the rows of its training set."""
+
+    task: str
+    rows: list[int]
 
 
 def epoch_steps(

@@ -1,52 +1,85 @@
 """`examples/minbert_multitask.py`: from the command line to a finished run."""
 
+import argparse
 import os
 import sys
 import time
+import typing
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 
-from . import checkpoint, distributed
-from .batching import TokenSet, tokenize
-from .data import Split, read_split, split_file
-from .errors import InputError
-from .evaluating import evaluate_run
-from .figures import training_curves
-from .metrics import baseline
-from .model import MultitaskModel
-from .options import parse
-from .predictions import write_predictions
-from .report import closing_table, print_data, print_header
-from .run_folder import (
-    build_model,
-    default_name,
-    encoder_config,
-    encoder_source,
-    last_checkpoint,
-    prepare,
-    refuse_occupied,
-    saved_settings,
-    settings_to_resume,
-)
-from .schedule import schedule_note
-from .settings import Settings, resolve
+from . import InputError, checkpoint, distributed
+from .batching import SentenceTokenizer, TokenSet, tokenize
+from .data import SAMPLE, Split, read_split, split_file
+from .evaluate import evaluate_run
+from .model import MultitaskModel, build_model, encoder_config
+from .optimizer import schedule_note
+from .pretrained import resolve_encoder
+from .report import finish, print_data, print_header
+from .settings import TABLE, Settings, flag, resolve
 from .tasks import TASKS
-from .tokenizer import SentenceTokenizer
-from .trainer import Stopped, Trainer
+from .train import Stopped, Trainer
 
-SAMPLE = Path(__file__).parent / "sample"
+EPILOG = """\
+examples:
+  python examples/minbert_multitask.py
+  python examples/minbert_multitask.py --config vanilla --data-dir DATA --train-limit 512
+  python examples/minbert_multitask.py --option pretrain --output-dir runs/first
+  python examples/minbert_multitask.py --init-from runs/first --output-dir runs/second
+  python examples/minbert_multitask.py --output-dir runs/second --resume
+  python examples/minbert_multitask.py --evaluate runs/second --data-dir DATA --split test
+  torchrun --nproc-per-node 2 examples/minbert_multitask.py
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints end like those about data: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def build_parser() -> Parser:
+    """All flags. None has a default here, so that one can tell what the user gave (see `settings.resolve`)."""
+    parser = Parser(
+        description="Fine-tunes a BERT encoder on sentiment, paraphrase and similarity, with or without SMART.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(row.group for row in TABLE.values())}
+    for field in fields(Settings):
+        row = TABLE[field.name]
+        shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        text = row.text if shown in (None, False) else f"{row.text} (default: {shown})"
+        kinds = typing.get_args(field.type) or (field.type,)  # int | None → (int, NoneType)
+        options: dict[str, Any] = {"action": "store_true"}
+        if bool not in kinds:
+            number = next((kind for kind in (int, float) if kind in kinds), None)
+            letter = {int: "N", float: "X"}.get(number) if row.choices is None else None
+            options = {"type": row.read or number, "choices": row.choices, "metavar": row.metavar or letter}
+        groups[row.group].add_argument(flag(field.name), help=text, **options)
+
+    add = groups["what to run"].add_argument
+    add("--output-dir", help="folder of the run (default: a new one in runs/)", metavar="DIR")
+    add("--resume", help="go on from the last checkpoint in --output-dir", action="store_true")
+    add("--evaluate", help="train nothing; print this run's metrics as one JSON object", metavar="RUN_DIR")
+    add("--split", help="what --evaluate evaluates (default: dev)", choices=("dev", "test"))
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 2 for wrong input, 143 when stopped by SIGTERM."""
     try:
-        given = parse(sys.argv[1:] if arguments is None else arguments)
+        given = vars(build_parser().parse_args(arguments))
         if "evaluate" in given:
-            return evaluate_run(given, SAMPLE)
-        return train(given)
+            return evaluate_run(given)
+        return train_run(given)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         distributed.leave()
 
 
-def train(given: dict[str, Any]) -> int:
+def train_run(given: dict[str, Any]) -> int:
     """Trains, or resumes, a run."""
     if "split" in given:
         raise InputError("--split: goes with --evaluate only")
@@ -69,14 +102,14 @@ def train(given: dict[str, Any]) -> int:
         raise InputError("--resume: name the run to go on with, as --output-dir")
     place = distributed.join(settings.device)
     console = Console(file=sys.stdout if place.first else open(os.devnull, "w"), soft_wrap=False)  # noqa: SIM115
-    folder = Path(distributed.agree_on(place, folder_given or default_name(settings)))
+    folder = Path(distributed.agree_on(place, folder_given or checkpoint.default_name(settings)))
     if resume:
-        settings = settings_to_resume(folder, given, settings)
+        settings = checkpoint.settings_to_resume(folder, given, settings)
         if (folder / "metrics.json").exists():
             console.print(f"{folder} is complete already; nothing to resume", highlight=False)
             return 0
     elif place.first:
-        refuse_occupied(folder)
+        checkpoint.refuse_occupied(folder)
     distributed.barrier(place)
     started = time.perf_counter()
 
@@ -108,7 +141,7 @@ def train(given: dict[str, Any]) -> int:
         if resume:
             console.print(f"nothing saved yet in {folder}; starting from the beginning", highlight=False)
         if place.first:
-            prepare(folder, settings, config, tokenizer)
+            checkpoint.prepare(folder, settings, config, tokenizer)
     try:
         trainer.run()
     except Stopped:
@@ -142,13 +175,21 @@ def read_data(
     return files, sets
 
 
+def encoder_source(settings: Settings) -> Path:
+    """The folder that the encoder's configuration, weights and tokenizer come from."""
+    if settings.init_from is not None:
+        checkpoint.saved_settings(Path(settings.init_from), "--init-from")
+        return Path(settings.init_from) / "encoder"
+    return resolve_encoder(settings.encoder)
+
+
 def take_weights(model: MultitaskModel, settings: Settings, run: Path) -> None:
     """Fills in the weights of another run.
 
     Raises:
         InputError: that run's model is another.
     """
-    other = saved_settings(run, "--init-from")
+    other = checkpoint.saved_settings(run, "--init-from")
     for name in ("pooling", "head_layers", "head_activation"):
         if getattr(other, name) != getattr(settings, name):
             raise InputError(
@@ -157,48 +198,5 @@ def take_weights(model: MultitaskModel, settings: Settings, run: Path) -> None:
     missing = [task for task in settings.tasks if task not in other.tasks]
     if missing:
         raise InputError(f"--init-from {run}: that run has no head for {', '.join(missing)}")
-    weights = checkpoint.load_model(last_checkpoint(run, "--init-from"))
+    weights = checkpoint.load_model(checkpoint.last_checkpoint(run, "--init-from"))
     model.load_state_dict({key: weights[key] for key in model.state_dict()})
-
-
-def finish(trainer: Trainer, sets: dict[str, dict[str, TokenSet]], seconds: float, console: Console) -> None:
-    """Predictions, figure, `metrics.json`, and the closing table."""
-    settings, place, folder = trainer.settings, trainer.place, trainer.folder
-    for split in ("dev", "test"):
-        write_predictions(trainer.model, sets[split], place, split, folder / "predictions")
-    if not place.first:
-        return
-    history = trainer.history
-    title = f"{settings.config}, {settings.option}, seed {settings.seed}"
-    training_curves(history, title, folder / "figures" / "curves.png")
-    metrics = {
-        "config": settings.config,
-        "option": settings.option,
-        "seed": settings.seed,
-        "tasks": list(settings.tasks),
-        "train_tasks": list(settings.train_tasks),
-        "steps": trainer.step,
-        "dev": history[-1]["dev"],
-        "train": history[-1]["train"],
-        "gap": history[-1]["gap"],
-        "baseline": {
-            name: baseline(data.task, torch.tensor(sets["train"][name].labels), torch.tensor(data.labels))
-            for name, data in sets["dev"].items()
-        },
-        "untrained": trainer.before,
-        "epochs": history,
-        "step_seconds_median": trainer.step_seconds_median,
-        "peak_memory_bytes": trainer.memory.peak,
-        "seconds": round(seconds, 1),
-        "processes": place.world,
-        "device": place.device.type,
-        "torch": torch.__version__,
-        "settings": settings.to_dict(),
-    }
-    checkpoint.write_json(folder / "metrics.json", metrics)
-    console.print(closing_table(metrics, settings))
-    console.print(
-        f"{seconds:.0f} s, {trainer.step} steps, peak memory {trainer.memory.peak / 2**20:.0f} MiB; "
-        f"metrics.json, predictions and figures/curves.png are in {folder}",
-        highlight=False,
-    )

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import InputError
+from . import InputError
 from .tasks import Task
 
+SAMPLE = Path(__file__).parent / "sample"
+"""The data that ship with the example."""
 MAX_UNUSABLE = 0.01
 """Share of lines that may be unusable; beyond it the file is not what it is taken for."""
 

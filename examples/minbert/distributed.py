@@ -1,16 +1,19 @@
-"""Where a run computes: its device, and its place among the processes that `torchrun` started."""
+"""Where a run computes: its device, and its place among the processes that `torchrun` started; `--compile`."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import InputError
+from . import InputError
+
+VARIANTS = 64
+"""Graphs that one function may be compiled into; past it, torch silently falls back to uncompiled code."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,19 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def wrap(model: torch.nn.Module, place: Place) -> torch.nn.Module:
+def compiled(model: nn.Module) -> nn.Module:
+    """The model under `torch.compile`, with room for all its variants.
+
+    The tasks have different heads and one or two sentences, and the clean, the ascent and the perturbed pass differ in
+    what needs a gradient: more variants than the default limit of 8.
+    """
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the name before torch 2.7
+    setattr(config, name, max(getattr(config, name), VARIANTS))
+    return cast(nn.Module, torch.compile(model, dynamic=True))
+
+
+def wrap(model: nn.Module, place: Place) -> nn.Module:
     """The model under DDP where there are several processes."""
     if place.world == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
@@ -72,7 +87,7 @@ def wrap(model: torch.nn.Module, place: Place) -> torch.nn.Module:
     return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
 
 
-def no_sync(model: torch.nn.Module, more_to_come: bool) -> AbstractContextManager[Any]:
+def no_sync(model: nn.Module, more_to_come: bool) -> AbstractContextManager[Any]:
     """Keeps DDP from exchanging gradients while more micro-batches of the step follow."""
     if more_to_come and isinstance(model, DistributedDataParallel):
         return model.no_sync()
@@ -102,15 +117,6 @@ def total(place: Place, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def gather_bytes(place: Place, state: Tensor) -> list[Tensor]:
-    """Equal-sized byte tensors of all processes, in the order of the ranks."""
-    if place.world == 1:
-        return [state]
-    states = [torch.empty_like(state) for _ in range(place.world)]
-    dist.all_gather(states, state)
-    return states
-
-
 def agree_on(place: Place, text: str) -> str:
     """The first process's text, in every process."""
     if place.world == 1:
@@ -120,3 +126,28 @@ def agree_on(place: Place, text: str) -> str:
     room[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
     dist.broadcast(room, 0)
     return bytes(room.tolist()).rstrip(b"\0").decode()
+
+
+def random_states(place: Place) -> list[Tensor]:
+    """The random state of every process as bytes, in the order of the ranks: the CPU's, and its device's after it."""
+    parts = [torch.get_rng_state()]
+    if place.device.type == "cuda":
+        parts.append(torch.cuda.get_rng_state(place.device))
+    elif place.device.type == "mps":
+        parts.append(torch.mps.get_rng_state())
+    own = torch.cat(parts)
+    if place.world == 1:
+        return [own]
+    states = [torch.empty_like(own) for _ in range(place.world)]
+    dist.all_gather(states, own)
+    return states
+
+
+def set_random_state(place: Place, state: Tensor) -> None:
+    """Puts back one of `random_states` in this process."""
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size].clone())
+    if place.device.type == "cuda":
+        torch.cuda.set_rng_state(state[size:].clone(), place.device)
+    elif place.device.type == "mps":
+        torch.mps.set_rng_state(state[size:].clone())

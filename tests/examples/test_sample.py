@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from example_tools import ROOT, SAMPLE
 
-ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = ROOT / "examples" / "minbert" / "sample"
 REAL = ROOT.parent / "shared" / "data" / "minbert"
 
 

@@ -1,14 +1,59 @@
-"""BERT, written from scratch: embeddings, self-attention, feed-forward, pooler.
+"""BERT, written from scratch: configuration, embeddings, self-attention, feed-forward, pooler.
 
 Module names follow the Hugging Face checkpoints, so that `load_state_dict` needs no table of names.
 """
+
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import BertConfig
+from . import InputError
+
+ACTIVATIONS = ("gelu", "gelu_new", "relu", "tanh")
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Sizes and rates of a BERT encoder, under the names Hugging Face gives them.
+
+    The defaults are BERT-base. `pad_token_id` only matters for building batches: attention is masked by the
+    attention mask, never by token id.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size: expected a multiple of num_attention_heads ({self.num_attention_heads}), "
+                f"got {self.hidden_size}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise InputError(f"hidden_act: expected one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a `config.json` that `read_config` reads back."""
+        return {"model_type": "bert", **asdict(self)}
 
 
 def activation(name: str) -> nn.Module:

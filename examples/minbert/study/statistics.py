@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .tasks import Task
+from ..tasks import Task
 
 Array = NDArray[np.float64]
 

@@ -10,22 +10,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import checkpoint
+from . import InputError, checkpoint, distributed
 from .batching import Step, TokenSet, collate, epoch_steps, fingerprint, micro_batches, share
-from .compiling import compiled
-from .distributed import Place, any_process, barrier, gather_bytes, no_sync, wrap
-from .errors import InputError
-from .evaluation import evaluate
-from .ledger import Ledger, last_loss
-from .memory import Memory
-from .metrics import gap
+from .distributed import Place
+from .evaluate import evaluate
 from .model import MultitaskModel
-from .optimizer import make_optimizer
-from .regularized import Losses, Objective
-from .run_folder import write_history
-from .schedule import make_schedule
+from .objective import Losses, Objective
+from .optimizer import make_optimizer, make_schedule
+from .progress import Ledger, Memory, StopRequest, last_loss
 from .settings import Settings
-from .stopping import StopRequest
+from .tasks import gap
 
 
 class Stopped(Exception):
@@ -64,7 +58,7 @@ class Trainer:
 
         # Each process drops out other units of its own examples; the noise does not depend on the process.
         torch.manual_seed(settings.seed * 4096 + place.rank)
-        self.wrapped = wrap(compiled(model) if settings.compile else model, place)
+        self.wrapped = distributed.wrap(distributed.compiled(model) if settings.compile else model, place)
         self.total_steps = self._total_steps()
         self.objective = Objective(self.wrapped, model, settings, self.total_steps // settings.inner_steps)
         self.optimizer = make_optimizer(model, settings)
@@ -112,7 +106,7 @@ class Trainer:
                 if position % 10 == 0 and self.place.first:
                     bar.set_postfix_str(f"{steps[position].task} loss {last_loss(losses)}", refresh=False)
                 last = self.position == end
-                if any_process(self.place, self.stop.requested) and not last:
+                if self._asked_to_stop() and not last:
                     self.epoch_seconds += time.perf_counter() - started
                     self.save()
                     raise Stopped
@@ -122,7 +116,7 @@ class Trainer:
                     self.save()
         self.epoch_seconds += time.perf_counter() - started
         self._end_epoch()
-        if any_process(self.place, self.stop.requested) and not self.done:
+        if self._asked_to_stop() and not self.done:
             raise Stopped
 
     def _train_step(self, step: Step) -> Losses:
@@ -135,7 +129,7 @@ class Trainer:
             weight *= len(rows) / len(step.rows)
             batch = collate(data, own, self.model.encoder.config.pad_token_id, place.device)
             # DDP decides in the forward pass whether the backward exchanges gradients, so no_sync encloses both.
-            with no_sync(self.wrapped, more_to_come=i + 1 < len(parts)):
+            with distributed.no_sync(self.wrapped, more_to_come=i + 1 < len(parts)):
                 with self._autocast():
                     losses = self.objective(batch, self.step)
                 self.scaler.scale(losses.total * weight).backward()
@@ -177,7 +171,7 @@ class Trainer:
         self.epoch, self.position, self.epoch_seconds = self.epoch + 1, 0, 0.0
         self.save()
         if self.place.first:
-            write_history(self.folder, self.history)
+            checkpoint.write_history(self.folder, self.history)
 
     @property
     def step_seconds_median(self) -> float | None:
@@ -186,7 +180,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint; every process must call it."""
-        random_states = gather_bytes(self.place, checkpoint.random_state(self.place.device))
+        random_states = distributed.random_states(self.place)
         if self.place.first:
             state = {
                 "step": self.step,
@@ -205,7 +199,7 @@ class Trainer:
                 "data": fingerprint(self._trained()),
             }
             checkpoint.save(self.folder, self.step, self.model.state_dict(), state)
-        barrier(self.place)
+        distributed.barrier(self.place)
 
     def restore(self, folder: Path) -> None:
         """Goes on from a checkpoint, whose model weights have been loaded already.
@@ -231,7 +225,10 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.objective.bregman is not None:
             self.objective.bregman.load_state_dict(state["teacher"])
-        checkpoint.set_random_state(state["random_states"][self.place.rank], self.place.device)
+        distributed.set_random_state(self.place, state["random_states"][self.place.rank])
+
+    def _asked_to_stop(self) -> bool:
+        return distributed.any_process(self.place, self.stop.requested)
 
     def _steps(self, epoch: int) -> list[Step]:
         settings = self.settings

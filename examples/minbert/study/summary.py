@@ -5,9 +5,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .figures import COLOURS, save
-from .study_statistics import Cell
-from .tasks import TASKS
+from ..report import COLOURS, save_figure
+from ..tasks import TASKS
+from .statistics import Cell
 
 Summary = dict[str, dict[str, dict[str, Cell]]]
 """mode → configuration → task → cell."""
@@ -70,7 +70,7 @@ def bars(configs: dict[str, dict[str, Cell]], title: str, file: Path) -> None:
     axes.set(ylabel="dev metric", title=title)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def accuracy_by_epoch(histories: list[list[dict[str, Any]]], title: str, file: Path) -> None:
@@ -88,4 +88,4 @@ def accuracy_by_epoch(histories: list[list[dict[str, Any]]], title: str, file: P
     axes.set(xlabel="epoch", ylabel="sentiment accuracy", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    save(figure, file)
+    save_figure(figure, file)

@@ -1,11 +1,15 @@
-"""The parts of the training loss, averaged over the steps of an epoch, task by task."""
+"""What is watched while a run trains: the parts of the loss, the memory, and whether it is asked to stop."""
 
 import math
+import signal
+import threading
+from types import FrameType, TracebackType
 from typing import Any
 
+import psutil
 import torch
 
-from .regularized import Losses
+from .objective import Losses
 
 NAMES = ("loss", "task_loss", "smoothness", "proximal", "start_divergence", "max_perturbation", "bad_examples")
 
@@ -76,3 +80,49 @@ class Ledger:
 def last_loss(losses: Losses) -> str:
     """The loss for a progress bar."""
     return f"{float(torch.as_tensor(losses.total).detach()):.3f}"
+
+
+class Memory:
+    """The peak: what CUDA allocated, or elsewhere the process's resident set, looked at after every step.
+
+    (The operating system's own peak would count what came before the run, such as a test suite in the same process.)
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.process = psutil.Process()
+        self.peak = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def note(self) -> None:
+        """Looks at the memory now."""
+        if self.device.type == "cuda":
+            now = torch.cuda.max_memory_allocated(self.device)
+        else:
+            now = self.process.memory_info().rss
+        self.peak = max(self.peak, now)
+
+
+class StopRequest:
+    """While entered, SIGTERM sets `requested` instead of ending the process; the loop looks at it between steps."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: Any = None
+
+    def __enter__(self) -> "StopRequest":
+        # Only the main thread may set handlers; elsewhere (a notebook's worker) SIGTERM keeps its usual meaning.
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None

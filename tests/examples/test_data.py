@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 from example_tools import ROOT, SAMPLE
 
-from minbert.batching import tokenize
+from minbert import InputError
+from minbert.batching import SentenceTokenizer, tokenize
 from minbert.data import read_file, read_split
-from minbert.errors import InputError
 from minbert.tasks import TASKS, parse_tasks
-from minbert.tokenizer import SentenceTokenizer
 
 REAL = ROOT.parent / "shared" / "data" / "minbert"
 SST, PARA, STS = TASKS["sst"], TASKS["para"], TASKS["sts"]

@@ -1,14 +1,16 @@
 """The training loss: F(θ) = L(θ) + λ_s R_s(θ) + μ D_Breg(θ, θ̃). This is the file to copy from."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from smartreg import MomentumBregman, SmartLoss, paper_beta
 from smartreg.results import SmartStats
 
 from .batching import Batch
-from .noise import SeededNoise
 from .settings import Settings
 from .tasks import task_loss
 
@@ -39,23 +41,12 @@ class Objective:
         self.smart: SmartLoss | None = None
         self.bregman: MomentumBregman | None = None
         if settings.smooth:
-            self.smart = SmartLoss(
-                model,
-                epsilon=settings.epsilon,
-                step_size=settings.step_size,
-                noise_std=settings.noise_std,
-                steps=settings.ascent_steps,
-                norm=settings.norm,
-                norm_over=settings.norm_over,  # type: ignore[arg-type]  # argparse checked the choice
-                epsilon_scale=settings.epsilon_scale,  # type: ignore[arg-type]  # argparse checked the choice
-                ascent=settings.ascent,  # type: ignore[arg-type]  # argparse checked the choice
-                dropout=settings.smart_dropout,  # type: ignore[arg-type]  # argparse checked the choice
-                detach_reference=settings.detach_reference,
-                memory_efficient=settings.memory_efficient,
-            )
+            self.smart = SmartLoss(model, **settings.library_options("smoothness"))
         if settings.proximal:
-            beta = paper_beta(total_updates) if settings.beta == "paper" else settings.beta
-            self.bregman = MomentumBregman(plain, beta=beta)  # type: ignore[arg-type]  # "paper" is the only string
+            options = settings.library_options("proximal")
+            if options["beta"] == "paper":
+                options["beta"] = paper_beta(total_updates)
+            self.bregman = MomentumBregman(plain, **options)
 
     def __call__(self, batch: Batch, step: int) -> Losses:
         """The loss of a batch at an optimizer step (which the noise is seeded by)."""
@@ -87,3 +78,51 @@ class Objective:
         """To be called after optimizer step number `step` (from 0): moves the teacher every `inner_steps` steps."""
         if self.bregman is not None and (step + 1) % self.settings.inner_steps == 0:
             self.bregman.update()
+
+
+class SeededNoise:
+    """ν for `SmartLoss(...)(..., noise=SeededNoise(...))`: called once for each look-up, in order.
+
+    Drawn from the global random state, the noise of an example would depend on how many processes share the batch and
+    on who comes before it. Here each example has its own generator, seeded by (seed, step, task, row, sentence), so
+    that one process and eight draw the same, and a resumed run needs no state for it.
+
+    Args:
+        std: σ.
+        scale: "rms", where σ is a multiple of the root mean square of the example's unmasked embedding entries, or
+            "absolute".
+        masks: True for real tokens, one (batch, length) for each look-up.
+        rows: what names the examples of the batch.
+        key: what the seed depends on besides row and look-up: the run's seed, the step, the task.
+    """
+
+    def __init__(
+        self, std: float, scale: str, masks: Sequence[Tensor], rows: Sequence[int], key: tuple[object, ...]
+    ) -> None:
+        self.std, self.scale, self.masks, self.rows, self.key = std, scale, masks, rows, key
+        self.calls = 0
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """Noise of the shape of the embeddings, (batch, length, dim); zero on padding."""
+        lookup = self.calls % len(self.masks)
+        self.calls += 1
+        mask = self.masks[lookup]
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        noise = torch.zeros(embeddings.shape, dtype=dtype, device=embeddings.device)
+        generator = torch.Generator(embeddings.device)
+        for i, (row, length) in enumerate(zip(self.rows, mask.sum(1).tolist(), strict=True)):
+            generator.manual_seed(seed_of(*self.key, row, lookup))
+            # Drawn at the example's own length: the padding depends on the batch.
+            noise[i, :length] = torch.randn(
+                length, embeddings.shape[-1], generator=generator, device=embeddings.device, dtype=dtype
+            )
+        if self.scale == "absolute":
+            return noise * self.std
+        squares = embeddings.detach().to(dtype).square().mean(-1) * mask  # (batch, length)
+        return noise * (self.std * (squares.sum(1) / mask.sum(1)).sqrt()[:, None, None])
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed that is a function of its parts, the same on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

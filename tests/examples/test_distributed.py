@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from example_tools import command, run_options, tiny_encoder
+from example_tools import ROOT, command, run_options, tiny_encoder
 from safetensors.torch import load_file
 
 from minbert.cli import main
@@ -17,13 +17,13 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {examples!r})
 from safetensors.torch import save_file
-from minbert import cli, trainer
+from minbert import cli, train
 
-original = trainer.Trainer.save
+original = train.Trainer.save
 def save(self):
     save_file(self.model.state_dict(), Path({folder!r}) / f"rank{{self.place.rank}}.safetensors")
     original(self)
-trainer.Trainer.save = save
+train.Trainer.save = save
 sys.exit(cli.main(sys.argv[1:]))
 """
 FLAGS = ["--train-limit", 20, "--dev-limit", 10, "--epochs", 1, "--max-steps", 3]
@@ -35,7 +35,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def two_ranks(folder: Path, *arguments: object) -> list[dict[str, torch.Tensor]]:
-    examples = str(Path(__file__).resolve().parents[1] / "examples")
+    examples = str(ROOT / "examples")
     (folder / "watched.py").write_text(WATCHED.format(examples=examples, folder=str(folder)))
     line = command("--output-dir", folder / "two", *arguments, processes=2, file=folder / "watched.py")
     found = subprocess.run(line, **run_options())  # type: ignore[call-overload]

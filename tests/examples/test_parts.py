@@ -11,25 +11,22 @@ import torch
 import torch.nn.functional as F
 
 import minbert
+from minbert import InputError
 from minbert.batching import Batch, TokenSet, collate, epoch_steps, micro_batches, share
-from minbert.config import BertConfig
-from minbert.encoder import BertEncoder
-from minbert.errors import InputError
-from minbert.metrics import baseline, pearson, score
+from minbert.bert import BertConfig, BertEncoder
+from minbert.checkpoint import pack, unpack
 from minbert.model import MultitaskModel, pair_features
-from minbert.noise import SeededNoise
-from minbert.packing import pack, unpack
-from minbert.regularized import Objective
-from minbert.schedule import equation3, make_schedule, schedule_note
+from minbert.objective import Objective, SeededNoise
+from minbert.optimizer import equation3, make_schedule, schedule_note
 from minbert.settings import Settings, resolve
-from minbert.tasks import TASKS, log_likelihood, predict, task_loss
+from minbert.tasks import TASKS, baseline, log_likelihood, pearson, predict, score, task_loss
 
 CPU = torch.device("cpu")
 TINY = BertConfig(
     vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
     max_position_embeddings=16, initializer_range=0.5,
 )  # fmt: skip
-NAMES = [f"minbert.{module.name}" for module in pkgutil.iter_modules(minbert.__path__)]
+NAMES = [module.name for module in pkgutil.walk_packages(minbert.__path__, "minbert.")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -263,6 +260,27 @@ def test_configurations_and_presets() -> None:
         resolve({"config": "vanilla", "mu": 1.0})
     with pytest.raises(InputError, match="baseline trains on sentiment only"):
         resolve({"config": "baseline", "tasks": ("sts",)})
+
+
+def test_every_setting_of_the_regularizers_reaches_the_library() -> None:
+    other = Settings(
+        beta=0.5, epsilon=0.2, step_size=0.3, noise_std=0.4, ascent_steps=2, norm="2", norm_over="token",
+        epsilon_scale="absolute", ascent="normalized", smart_dropout="independent", detach_reference=True,
+        memory_efficient=True,
+    )  # fmt: skip
+    net = model()
+    for settings in (Settings(), other):  # one of the two is not what the library would do anyway
+        objective = Objective(net, net, settings, total_updates=10)
+        assert objective.smart is not None
+        assert objective.bregman is not None
+        found = objective.smart.settings
+        for name in ("epsilon", "step_size", "noise_std", "norm", "norm_over", "epsilon_scale", "ascent"):
+            assert getattr(found, name) == getattr(settings, name)
+        assert found.steps == settings.ascent_steps
+        assert found.dropout == settings.smart_dropout
+        assert found.detach_reference == settings.detach_reference
+        assert objective.smart.memory_efficient == settings.memory_efficient
+        assert objective.bregman.beta == settings.beta
 
 
 @pytest.mark.parametrize("task", TASKS)

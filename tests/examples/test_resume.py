@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from example_tools import command, run_options, tiny_encoder
+from example_tools import ROOT, SAMPLE, command, run_options, tiny_encoder
 from safetensors.torch import load_file
 
 from minbert.checkpoint import UNFINISHED, latest
@@ -20,7 +21,7 @@ from minbert.cli import main
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {examples!r})
-from minbert import checkpoint, cli, trainer
+from minbert import checkpoint, cli, train
 
 def die_after(module, name, calls, before=lambda *a: None):
     original, count = getattr(module, name), [0]
@@ -38,7 +39,7 @@ def half_a_file(tensors, path):
 
 moment, calls = sys.argv[1], int(sys.argv[2])
 if moment == "step":
-    die_after(trainer.Trainer, "_train_step", calls)
+    die_after(train.Trainer, "_train_step", calls)
 elif moment == "writing":
     die_after(checkpoint, "save_file", calls, half_a_file)
 elif moment == "renamed":
@@ -95,7 +96,7 @@ def assert_same_end(folder: Path, reference: Path) -> None:
 
 def start(encoder: Path, folder: Path, script: Path, *moment: object) -> int:
     """Runs the script that kills itself; returns its exit code."""
-    script.write_text(KILLED.format(examples=str(Path(__file__).resolve().parents[1] / "examples")))
+    script.write_text(KILLED.format(examples=str(ROOT / "examples")))
     arguments = [*moment, "--encoder", encoder, "--output-dir", folder, *FLAGS]
     return subprocess.run(command(*arguments, file=script), **run_options()).returncode  # type: ignore[call-overload,no-any-return]
 
@@ -166,10 +167,6 @@ def test_resuming_is_for_the_same_run(
 def test_resuming_notices_other_data(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
-    from example_tools import SAMPLE
-
     data = Path(shutil.copytree(SAMPLE, tmp_path / "data"))
     arguments = ["--output-dir", str(tmp_path / "run"), "--data-dir", str(data)]
     with monkeypatch.context() as patch:

@@ -8,9 +8,10 @@ import pytest
 from example_tools import tiny_encoder
 from scipy.stats import pearsonr
 
-from minbert import study
-from minbert.study_runs import Run, command, execute
-from minbert.study_statistics import compare, metric
+from minbert import InputError
+from minbert.study import cli as study
+from minbert.study.runs import Run, command, execute
+from minbert.study.statistics import compare, metric
 from minbert.tasks import TASKS
 
 FLAGS = {"all": ["--encoder", "E", "--epochs", "1"], "pretrain": [], "finetune": ["--lr", "0.1"]}
@@ -134,7 +135,7 @@ def test_the_quick_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_failed_run_stops_the_study(tmp_path: Path) -> None:
     import sys
 
-    with pytest.raises(study.InputError, match=r"bad: ended with exit code 3"):
+    with pytest.raises(InputError, match=r"bad: ended with exit code 3"):
         execute([sys.executable, "-c", "print('so far'); raise SystemExit(3)"], tmp_path / "logs" / "bad.txt")
     assert (tmp_path / "logs" / "bad.txt").read_text() == "so far\n"
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minbert.config import BertConfig, read_config
-from minbert.encoder import BertEncoder
-from minbert.errors import InputError
-from minbert.pretrained import embedded_folder, load_encoder, resolve_encoder
-from minbert.tokenizer import SentenceTokenizer
+from minbert import InputError
+from minbert.batching import SentenceTokenizer
+from minbert.bert import BertConfig, BertEncoder
+from minbert.pretrained import embedded_folder, load_encoder, read_config, resolve_encoder
 
 SENTENCES = [
     "The lighthouse keeper hadn't slept for three nights, and the storm showed no sign of ending.",

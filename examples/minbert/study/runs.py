@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .. import InputError
 
-SCRIPT = Path(__file__).resolve().parents[1] / "minbert_multitask.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "minbert_multitask.py"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from scipy.stats import pearsonr
 
 from minbert.cli import main
-from minbert.predictions import read_predictions
+from minbert.evaluate import read_predictions
 
 CONFIGS = ("baseline", "vanilla", "t-vanilla", "t-bregman", "t-smart")
 

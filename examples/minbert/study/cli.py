@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .checkpoint import write_json, write_text
-from .data import read_split
-from .errors import InputError
-from .options import Parser
-from .predictions import read_predictions
-from .settings import CONFIGS
-from .study_report import Summary, accuracy_by_epoch, bars, markdown
-from .study_runs import Run, command, execute, plan, result
-from .study_statistics import Array, compare
-from .tasks import TASKS
-
-SAMPLE = Path(__file__).parent / "sample"
+from .. import InputError
+from ..checkpoint import write_json, write_text
+from ..cli import Parser
+from ..data import SAMPLE, read_split
+from ..evaluate import read_predictions
+from ..settings import CONFIGS
+from ..tasks import TASKS
+from .runs import Run, command, execute, plan, result
+from .statistics import Array, compare
+from .summary import Summary, accuracy_by_epoch, bars, markdown
 
 QUICK = {
     "configs": "vanilla,t-smart",

@@ -1,0 +1,142 @@
+"""Running a model over a split without training it: metrics, predictions as CSV, and `--evaluate RUN_DIR`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import InputError, checkpoint, distributed
+from .batching import SentenceTokenizer, TokenSet, collate, tokenize
+from .data import SAMPLE, read_split
+from .distributed import Place, total
+from .model import MultitaskModel, build_model, encoder_config
+from .tasks import TASKS, Metrics, predict, score
+
+BATCH = 64
+ALLOWED = ("evaluate", "split", "data_dir", "output_dir", "device", "tasks", "dev_limit")
+"""The flags that have a meaning beside `--evaluate`."""
+
+
+@torch.no_grad()
+def outputs_of(
+    model: MultitaskModel, data: TokenSet, place: Place, rows: Sequence[int] | None = None, note: str = ""
+) -> Tensor:
+    """The head's outputs for some rows (all if None), in float32 at least, on the CPU; train mode is put back after.
+
+    The processes share the work, and each gets the whole result.
+    """
+    rows = range(len(data)) if rows is None else rows
+    was_training = model.training
+    model.eval()
+    # Sorted by length, batches carry little padding; the results go back to their rows' places.
+    order = sorted(range(len(rows)), key=lambda i: data.lengths[rows[i]])
+    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    shape = (len(rows), data.task.outputs) if data.task.outputs > 1 else (len(rows),)
+    result = torch.zeros(shape, dtype=next(model.parameters()).dtype)
+    pad = model.encoder.config.pad_token_id
+    mine = batches[place.rank :: place.world]
+    for part in tqdm(mine, desc=f"{note}{data.task.name}", leave=False, disable=not place.first, unit="batch"):
+        batch = collate(data, [rows[i] for i in part], pad, place.device)
+        result[part] = model(data.task.name, batch.sentences, batch.masks).to("cpu", result.dtype)
+    model.train(was_training)
+    return total(place, result)
+
+
+def evaluate(
+    model: MultitaskModel,
+    sets: dict[str, TokenSet],
+    place: Place,
+    limit: int | None = None,
+    note: str = "",
+) -> dict[str, Metrics]:
+    """Metrics of each labelled split, on its first `limit` rows."""
+    results = {}
+    for name, data in sets.items():
+        rows = range(len(data) if limit is None else min(limit, len(data)))
+        labels = torch.tensor(data.labels)[: len(rows)]
+        results[name] = score(data.task, outputs_of(model, data, place, rows, note), labels)
+    return results
+
+
+def write_predictions(
+    model: MultitaskModel, sets: dict[str, TokenSet], place: Place, split: str, folder: Path
+) -> list[Path]:
+    """Writes `<task>-<split>-output.csv` for each task, in the submission format of the CS224N project.
+
+    That is a header, and then a line `id , prediction` for each row.
+
+    Returns:
+        The files.
+    """
+    files = []
+    for name, data in sets.items():
+        predicted = predict(data.task, outputs_of(model, data, place, note=f"predicting {split}: "))
+        # The paraphrase labels are floats in the data, so they are in the submission.
+        values = [float(p) if data.task.kind != "classes" else int(p) for p in predicted.to(torch.float64)]
+        lines = [f"id \t {data.task.prediction} "]
+        lines += [f"{row} , {value} " for row, value in zip(data.ids, values, strict=True)]
+        if place.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(folder / f"{name}-{split}-output.csv", "\n".join(lines) + "\n")
+        files.append(folder / f"{name}-{split}-output.csv")
+    return files
+
+
+def read_predictions(file: Path) -> list[tuple[str, float]]:
+    """Ids and predictions of a file, in its order."""
+    pairs = (line.rsplit(" , ", 1) for line in file.read_text(encoding="utf-8").splitlines()[1:])
+    return [(row.strip(), float(value)) for row, value in pairs]
+
+
+def evaluate_run(given: dict[str, Any]) -> int:
+    """Loads a run's last checkpoint, measures it on a split, and prints one JSON object on stdout and nothing else.
+
+    Files without labels are predicted, not scored: their metric is null. Predictions are written only where
+    `--output-dir` says, so that an evaluation leaves the run as it is.
+    """
+    useless = [name for name in given if name not in ALLOWED]
+    if useless:
+        raise InputError(f"--{useless[0].replace('_', '-')}: has no effect with --evaluate")
+    run, split = Path(given["evaluate"]), given.get("split", "dev")
+    settings = checkpoint.saved_settings(run, "--evaluate")
+    saved = checkpoint.last_checkpoint(run, "--evaluate")
+    output = Path(given["output_dir"]) if "output_dir" in given else None
+    if output is not None:
+        checkpoint.refuse_occupied(output)
+    tasks = given.get("tasks", settings.tasks)
+    missing = [name for name in tasks if name not in settings.tasks]
+    if missing:
+        raise InputError(f"--tasks: the run has no head for {', '.join(missing)}")
+
+    place = distributed.join(given.get("device", "auto"))
+    # Weights are all in the checkpoint; the run keeps its encoder's configuration and tokenizer beside it.
+    config = encoder_config(run / "encoder", settings)
+    model = build_model(replace(settings, init_from=None), config, None)
+    model.load_state_dict(checkpoint.load_model(saved))
+    model.to(place.device, getattr(torch, settings.dtype))
+    tokenizer = SentenceTokenizer(run / "encoder", settings.max_length)
+
+    folder = Path(given.get("data_dir") or settings.data_dir or SAMPLE)
+    results, sets = {}, {}
+    for name in tasks:
+        content = read_split(folder, TASKS[name], split, given.get("dev_limit"))
+        for note in content.skipped:
+            print(f"skipped {note}", file=sys.stderr)
+        data = sets[name] = tokenize(content, tokenizer)
+        if data.labels is not None:
+            results[name] = score(data.task, outputs_of(model, data, place), torch.tensor(data.labels))
+        else:
+            results[name] = {data.task.metric: None, "n": len(data)}
+            note = f"predictions written to {output}" if output else "name an --output-dir to get the predictions"
+            print(f"{content.file}: no labels; predicted, not scored; {note}", file=sys.stderr)
+    if output is not None:
+        write_predictions(model, sets, place, split, output)
+    if place.first:
+        print(json.dumps(results, indent=2, allow_nan=False))
+    return 0

@@ -1,8 +1,9 @@
 """The training loss: F(θ) = L(θ) + λ_s R_s(θ) + μ D_Breg(θ, θ̃). This is the file to copy from."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +39,13 @@ class Objective:
 
     def __init__(self, model: nn.Module, plain: nn.Module, settings: Settings, total_updates: int) -> None:
         self.model, self.settings = model, settings
-        self.smart: SmartLoss | None = None
+        self.smart: dict[str, SmartLoss] = {}
         self.bregman: MomentumBregman | None = None
         if settings.smooth:
-            self.smart = SmartLoss(model, **settings.library_options("smoothness"))
+            options = settings.library_options("smoothness")
+            # Values have no uniform prediction to go towards: their direction is drawn.
+            starts = {settings.start, "gradient"} if settings.start == "towards_uniform" else {settings.start}
+            self.smart = {start: SmartLoss(model, **{**options, "start": start}) for start in starts}
         if settings.proximal:
             options = settings.library_options("proximal")
             if options["beta"] == "paper":
@@ -57,11 +61,10 @@ class Objective:
 
         smoothness = proximal = stats = None
         # λ_s = 0 would pay for the search of a perturbation and then ignore it.
-        if self.smart is not None and settings.lambda_s > 0:
-            key = (settings.seed, step, batch.task.name)
-            noise = SeededNoise(settings.noise_std, settings.epsilon_scale, batch.masks, batch.rows, key)
-            outputs, smoothness = self.smart(forward, mask=batch.masks, divergence=divergence, noise=noise)
-            stats = self.smart.stats
+        if self.smart and settings.lambda_s > 0:
+            smart, noise = self._search(batch, (settings.seed, step, batch.task.name))
+            outputs, smoothness = smart(forward, mask=batch.masks, divergence=divergence, noise=noise)
+            stats = smart.stats
         else:
             outputs = forward(self.model)
         if batch.labels is None:
@@ -73,6 +76,16 @@ class Objective:
             proximal = self.bregman(forward, outputs, divergence=divergence)
             total = total + settings.mu * proximal
         return Losses(total, task, smoothness, proximal, stats)
+
+    def _search(self, batch: Batch, key: tuple[object, ...]) -> tuple[SmartLoss, Callable[[Tensor], Tensor] | None]:
+        """The regularizer of a batch, and what its start is drawn by."""
+        settings = self.settings
+        if settings.start == "noise":
+            draw = SeededNoise(settings.noise_std, settings.epsilon_scale, batch.masks, batch.rows, key)
+            return self.smart["noise"], draw
+        if batch.task.divergence == "mse":
+            return self.smart["gradient"], partial(seeded_normal, rows=batch.rows, key=key)
+        return self.smart[settings.start], None
 
     def stepped(self, step: int) -> None:
         """To be called after optimizer step number `step` (from 0): moves the teacher every `inner_steps` steps."""
@@ -120,6 +133,15 @@ class SeededNoise:
             return noise * self.std
         squares = embeddings.detach().to(dtype).square().mean(-1) * mask  # (batch, length)
         return noise * (self.std * (squares.sum(1) / mask.sum(1)).sqrt()[:, None, None])
+
+
+def seeded_normal(outputs: Tensor, *, rows: Sequence[int], key: tuple[object, ...]) -> Tensor:
+    """Standard normal numbers of the shape of the outputs (batch, ...), each example's by a seed of its own."""
+    drawn = []
+    for row in rows:
+        generator = torch.Generator().manual_seed(seed_of(*key, row))
+        drawn.append(torch.randn(outputs.shape[1:], generator=generator))
+    return torch.stack(drawn).to(outputs.device)
 
 
 def seed_of(*parts: object) -> int:

@@ -134,15 +134,17 @@ class Settings:
     lambda_s: float = _smooth(0.3, "weight of the smoothness term", NOT_NEGATIVE)
     epsilon: float = _smooth(0.15, "radius of the ball", NOT_NEGATIVE, library="epsilon")
     step_size: float = _smooth(0.15, "of the ascent", NOT_NEGATIVE, library="step_size")
-    noise_std: float = _smooth(0.15, "of the starting noise", NOT_NEGATIVE, library="noise_std")
-    ascent_steps: int = _smooth(1, "T: 0 is random smoothing", whole(0), library="steps")
-    norm: str = _smooth("inf", "of the ball and of the ascent", choices=("inf", "2"), library="norm")
+    noise_std: float = _smooth(0.015, "of the noise that --start noise draws", NOT_NEGATIVE, library="noise_std")
+    start: str = _smooth("towards_uniform", "where the search begins; noise: Algorithm 1",
+                         choices=("noise", "gradient", "towards_uniform"), library="start")
+    ascent_steps: int = _smooth(0, "T: 0 takes the start (of noise: random smoothing)", whole(0), library="steps")
+    norm: str = _smooth("2", "of the ball and of the ascent", choices=("inf", "2"), library="norm")
     norm_over: str = _smooth("example", "what one norm is taken over", choices=("example", "token"),
                              library="norm_over")
     epsilon_scale: str = _smooth("rms", "rms: the three sizes are multiples of the embeddings' root mean square; "
                                  "absolute: as they are", choices=("rms", "absolute"), library="epsilon_scale")
-    ascent: str = _smooth("projected", "projected: Algorithm 1; normalized: as MT-DNN does",
-                          choices=("projected", "normalized"), library="ascent")
+    ascent: str = _smooth("projected", "projected: Algorithm 1; steepest: the sign, for norm inf; normalized: as "
+                          "MT-DNN does", choices=("projected", "steepest", "normalized"), library="ascent")
     smart_dropout: str = _smooth("shared", "whether the perturbed pass sees the clean pass's dropout masks",
                                  choices=("shared", "independent"), library="dropout")
     detach_reference: bool = _smooth(False, "no gradient through the clean output", library="detach_reference")
@@ -205,7 +207,8 @@ class Settings:
         unknown = sorted(set(values) - set(TABLE))
         if unknown:
             raise InputError(f"unknown setting {unknown[0]!r}; the run was made by another version")
-        return cls(**{**values, "tasks": tuple(values["tasks"])})
+        # Before there was a choice, every search began with noise.
+        return cls(**{"start": "noise", **values, "tasks": tuple(values["tasks"])})
 
 
 TABLE: dict[str, Row] = {each.name: each.metadata["row"] for each in fields(Settings)}
@@ -221,6 +224,9 @@ REPORT: dict[str, Any] = {
     "step_size": 1e-3,
     "noise_std": 1e-5,
     "epsilon_scale": "absolute",
+    "norm": "inf",
+    "start": "noise",
+    "ascent_steps": 1,
 }
 """The report's learning rates (set in `resolve`) and pooled output; the SMART paper's own hyperparameters."""
 

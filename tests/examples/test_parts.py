@@ -254,6 +254,8 @@ def test_configurations_and_presets() -> None:
     assert resolve({"option": "pretrain"}).lr == 1e-3
     assert resolve({"head_lr": 0.5}).lr == Settings().lr
     assert Settings.from_dict(settings["t-smart"].to_dict()) == settings["t-smart"]
+    older = {name: value for name, value in settings["t-smart"].to_dict().items() if name != "start"}
+    assert Settings.from_dict(older).start == "noise"  # what runs did before there was a choice
     with pytest.raises(InputError, match="--lambda-s: has no effect with --config t-bregman"):
         resolve({"config": "t-bregman", "lambda_s": 1.0})
     with pytest.raises(InputError, match="--mu: has no effect with --config vanilla"):
@@ -264,22 +266,24 @@ def test_configurations_and_presets() -> None:
 
 def test_every_setting_of_the_regularizers_reaches_the_library() -> None:
     other = Settings(
-        beta=0.5, epsilon=0.2, step_size=0.3, noise_std=0.4, ascent_steps=2, norm="2", norm_over="token",
-        epsilon_scale="absolute", ascent="normalized", smart_dropout="independent", detach_reference=True,
-        memory_efficient=True,
+        beta=0.5, epsilon=0.2, step_size=0.3, noise_std=0.4, ascent_steps=2, norm="inf", norm_over="token",
+        start="noise", epsilon_scale="absolute", ascent="normalized", smart_dropout="independent",
+        detach_reference=True, memory_efficient=True,
     )  # fmt: skip
     net = model()
-    for settings in (Settings(), other):  # one of the two is not what the library would do anyway
+    # One of the two is not what the library would do anyway; values have no uniform prediction to go towards.
+    for settings, starts in ((Settings(), ("towards_uniform", "gradient")), (other, ("noise",))):
         objective = Objective(net, net, settings, total_updates=10)
-        assert objective.smart is not None
         assert objective.bregman is not None
-        found = objective.smart.settings
+        assert {start: smart.settings.start for start, smart in objective.smart.items()} == {s: s for s in starts}
+        smart = objective.smart[settings.start]
+        found = smart.settings
         for name in ("epsilon", "step_size", "noise_std", "norm", "norm_over", "epsilon_scale", "ascent"):
             assert getattr(found, name) == getattr(settings, name)
         assert found.steps == settings.ascent_steps
         assert found.dropout == settings.smart_dropout
         assert found.detach_reference == settings.detach_reference
-        assert objective.smart.memory_efficient == settings.memory_efficient
+        assert smart.memory_efficient == settings.memory_efficient
         assert objective.bregman.beta == settings.beta
 
 
@@ -345,7 +349,7 @@ def test_the_teacher_moves_every_inner_steps() -> None:
 def test_terms_that_are_off_cost_nothing() -> None:
     net = model()
     plain = Objective(net, net, Settings(config="t-vanilla"), total_updates=10)
-    assert plain.smart is None
+    assert plain.smart == {}
     assert plain.bregman is None
     silent = Objective(net, net, Settings(lambda_s=0.0, mu=0.0), total_updates=10)
     losses = silent(batch("sst"), step=0)

@@ -62,7 +62,7 @@ def mine(batch: Tensor) -> Tensor:
     return batch[dist.get_rank() * share :][:share]
 
 
-def backward(smart: SmartLoss, ids: Tensor, noise: Tensor, head: str = "both") -> Tensor:
+def backward(smart: SmartLoss, ids: Tensor, noise: Tensor | None, head: str = "both") -> Tensor:
     """A mean over examples, so that the mean over ranks is that of the whole batch."""
     outputs, penalty = smart(lambda m: m(ids, head), noise=noise)
     (outputs.square().mean() + penalty).backward()
@@ -187,6 +187,30 @@ def check_compiled() -> Iterator[tuple[str, Any]]:
     yield "compiled inside", differences(model, penalty, single())
 
 
+def check_start_along_the_gradient() -> Iterator[tuple[str, Any]]:
+    """Nothing is given and nothing drawn: the start comes from the clean graph, or from a pass of its own."""
+    (ids,), _ = data()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for steps in (0, 1):
+        lone = reader()
+        wanted = backward(SmartLoss(lone, steps=steps), ids, None), {n: p.grad for n, p in lone.named_parameters()}
+        for memory_efficient in (False, True):
+            mode = "memory-efficient" if memory_efficient else "standard"
+            for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
+                ddp = DistributedDataParallel(reader(), **options)
+                smart = SmartLoss(ddp, steps=steps, memory_efficient=memory_efficient)
+                for _ in range(2):
+                    ddp.zero_grad()
+                    penalty = backward(smart, mine(ids), None)
+                label = next(iter(options), "plain")
+                yield f"start, {mode}, {label}, {steps}", differences(ddp.module, penalty, wanted)
+            model = reader()
+            fully_shard(model.hidden, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            penalty = backward(SmartLoss(model, steps=steps, memory_efficient=memory_efficient), mine(ids), None)
+            yield f"start, {mode}, fully_shard, {steps}", differences(model, penalty, wanted)
+
+
 def check_fully_shard() -> Iterator[tuple[str, Any]]:
     (ids,), (noise,) = data()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -230,7 +254,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     found: dict[str, Any] = {}
-    for check in (check_ddp, check_step_inside, check_errors, check_compiled, check_fully_shard):
+    start = check_start_along_the_gradient
+    for check in (check_ddp, check_step_inside, check_errors, check_compiled, check_fully_shard, start):
         found.update(check())
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()

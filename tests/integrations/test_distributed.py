@@ -44,6 +44,14 @@ def test_gradients_are_those_of_one_process_with_the_whole_batch(ranks: list[Any
 
 
 @MODES
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("label", ["plain", "find_unused_parameters", "static_graph", "fully_shard"])
+def test_a_start_along_the_gradient_is_that_of_one_process(ranks: list[Any], mode: str, label: str, steps: int) -> None:
+    for rank in ranks:
+        assert_equal_to_one_process(rank[f"start, {mode}, {label}, {steps}"])
+
+
+@MODES
 def test_buffers_are_as_after_one_pass_a_step(ranks: list[Any], mode: str) -> None:
     assert [rank[f"{mode}, calls counted"] for rank in ranks] == [2.0, 2.0]
 

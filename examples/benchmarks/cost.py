@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from machine import describe
-from measure import WorkerError
-from meter import method
-from report import show, write
+from _cost.machine import describe
+from _cost.measure import WorkerError
+from _cost.meter import method
+from _cost.report import show, write
+from _cost.sections import AXES, SECTIONS, Run
 from rich.console import Console
-from sections import AXES, SECTIONS, Run
 
 QUICK = {
     "size": "tiny",

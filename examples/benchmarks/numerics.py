@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numerics_facts as facts
 import torch
-from numerics_figures import draw
-from numerics_subject import SAMPLE, Subject, load
+from _numerics import facts
+from _numerics.figures import draw
+from _numerics.subject import SAMPLE, Subject, load
 from rich.console import Console
 from rich.table import Table
 

@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import variants
 from torch.profiler import ProfilerActivity, profile
+
+from . import variants
 
 WARM_UP = variants.WARM_UP
 KINDS = {

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import averages
-import divergence
-from fit import largest_batch
-from measure import KEEP, ask_once, compare
-from variants import ALL, EFFICIENT, PEER, PLAIN, STANDARD
+from .cases import averages, divergence
+from .cases.variants import ALL, EFFICIENT, PEER, PLAIN, STANDARD
+from .fit import largest_batch
+from .measure import KEEP, ask_once, compare
 
 AXES = ("main", "batch", "length", "steps")
 

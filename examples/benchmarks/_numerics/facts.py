@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from numerics_subject import BF16_AUTOCAST, BF16_WEIGHTS, FLOAT32, FLOAT64, FP16_AUTOCAST, Precision, Subject, rescaled
 from smart_pytorch import SMARTLoss, sym_kl_loss
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, SmartWarning, binary_symmetric_kl, symmetric_kl
+
+from .subject import BF16_AUTOCAST, BF16_WEIGHTS, FLOAT32, FLOAT64, FP16_AUTOCAST, Precision, Subject, rescaled
 
 Row = dict[str, Any]
 RELATIVE = tuple(10.0 ** (k / 2) for k in range(-10, 1))

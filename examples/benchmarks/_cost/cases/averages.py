@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import variants
 from torch import nn
+
+from . import variants
 
 WARM_UP = variants.WARM_UP
 FLAT = "torch.lerp, one flat tensor"

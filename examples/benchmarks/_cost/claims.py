@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import averages
-import divergence
-from variants import EFFICIENT, PEER, STANDARD
+from .cases import averages, divergence
+from .cases.variants import EFFICIENT, PEER, STANDARD
 
 Rows = list[Mapping[str, Any]]
 

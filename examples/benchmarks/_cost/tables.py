@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from variants import ALL
+from .cases.variants import ALL
 
 Row = Mapping[str, Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from measure import MALLOC, Spec, WorkerError, ask_once
+from .measure import MALLOC, Spec, WorkerError, ask_once
 
 # What a worker says when memory ran out, and not something else.
 SIGNS = (

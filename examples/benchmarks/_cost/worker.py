@@ -14,8 +14,7 @@ import json
 import os
 import resource
 import sys
-
-from meter import Meter, allocated_peak_bytes
+from pathlib import Path
 
 
 def main() -> None:
@@ -25,9 +24,11 @@ def main() -> None:
 
     import torch
 
+    from _cost.meter import Meter, allocated_peak_bytes
+
     torch.set_num_threads(spec["threads"])
     meter = Meter(spec["device"])
-    case = importlib.import_module(spec["case"])
+    case = importlib.import_module(f"_cost.cases.{spec['case']}")
     case.build({**spec, **case.WARM_UP})()  # kernels and libraries load before memory is counted
     gc.collect()
     call = case.build(spec)
@@ -54,4 +55,5 @@ def _limit(size: int, device: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # started by its path, so that it looks for the package beside itself
     main()

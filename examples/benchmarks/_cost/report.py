@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from claims import claims
 from rich.console import Console
 from rich.table import Table as RichTable
-from tables import TABLES
-from variants import ALL
+
+from .cases.variants import ALL
+from .claims import claims
+from .tables import TABLES
 
 COLOURS = dict(zip(ALL, ("#666666", "#d95f02", "#1b9e77", "#7570b3"), strict=True))
 FOLLOWED = ("batch", "length", "steps")

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from float32_accumulation import Float32Accumulation
 from torch import Tensor, nn
 
-SAMPLE = Path(__file__).parents[1] / "minbert" / "sample"
+from .float32_accumulation import Float32Accumulation
+
+SAMPLE = Path(__file__).parents[2] / "minbert" / "sample"
 CLASSES = 5
 
 

@@ -9,13 +9,13 @@ import torch
 
 from smartreg import SmartLoss
 
-BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 
 
 @pytest.fixture
 def accumulation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import float32_accumulation
+    from _numerics import float32_accumulation
 
     return float32_accumulation
 
@@ -50,21 +50,21 @@ def test_fast_products_leave_the_penalty_as_it_is(accumulation: ModuleType) -> N
 def test_every_fact_has_a_figure_and_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import numerics
-    import numerics_facts
+    from _numerics import facts
 
     sizes = (1e-5, 1e-8)
     penalties = {"float64": 1e-9, "float64 of the float32 outputs": 1e-9, "smartreg": 1e-9, "smart-pytorch": 2e-8}
     swept = [
         {"epsilon": size, "precision": name, "penalty": size, "cosine": 0.5}
         for size in sizes
-        for name in ("float64", *(precision.name for precision in numerics_facts.SWEEP))
+        for name in ("float64", *(precision.name for precision in facts.SWEEP))
     ]
     results = {
         "divergence": [{"epsilon": size, **penalties} for size in sizes],
         "divergence_new_head": [{"epsilon": size, **penalties} for size in sizes],
         "directions": [{"noise": 1e-4, "bfloat16 autocast": 0.1}],
         "dropout": [{"head": "fitted", "smartreg": 0.0, "smart-pytorch": 0.1, "penalty_at_paper": 1e-8, "ratio": 1e7}],
-        "single_logit": numerics_facts.single_logit(),
+        "single_logit": facts.single_logit(),
         "perturbation": [
             {"epsilon": size, "smartreg": size, "smart-pytorch": 0.9, "mean_absolute_embedding": 0.04} for size in sizes
         ],
@@ -81,9 +81,9 @@ def test_every_fact_has_a_figure_and_a_table(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_a_single_logit_has_no_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import numerics_facts
+    from _numerics import facts
 
-    for row in numerics_facts.single_logit():
+    for row in facts.single_logit():
         assert row["smartreg"] == pytest.approx(row["exact"], rel=1e-6)
         assert row["smart-pytorch"] == 0.0
         assert row["symmetric_kl"] == "ValueError"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import variants
 from torch.utils.flop_counter import FlopCounterMode
+
+from . import variants
 
 WARM_UP = variants.WARM_UP
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from variants import EFFICIENT, PLAIN, STANDARD, gradients_of
+
+from .variants import EFFICIENT, PLAIN, STANDARD, gradients_of
 
 WARM_UP = {"size": "tiny", "batch": 1, "length": 8}
 # Of the largest gradient entry. Float64 shows that the modes are one computation, float32 that rounding stays small.

@@ -20,8 +20,7 @@ def two_moons(count, noise=0.2):
 def train(points, labels, lambda_s):
     # SMART perturbs the output of the embedding: word vectors in a language model, here the points themselves.
     model = nn.Sequential(nn.Identity(), nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
-    radius = {"epsilon": 0.2, "step_size": 0.2, "noise_std": 0.2, "epsilon_scale": "absolute"}
-    smart = SmartLoss(model, embedding="0", norm=2, **radius)
+    smart = SmartLoss(model, embedding="0", epsilon=0.2, epsilon_scale="absolute")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(400):
         logits, penalty = smart(lambda m: m(points)) if lambda_s else (model(points), 0.0)

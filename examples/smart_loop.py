@@ -39,8 +39,8 @@ def train(model, loader, held_out):
                 bregman.update()  # after the optimizer: the teacher follows the new weights
         accuracy, nll = evaluate(model, held_out)
         print(f"epoch {epoch + 1}: held-out accuracy {accuracy:.3f}, negative log-likelihood {nll:.3f}", end="")
-        stats = smart.stats  # of the last call; an ascent gain of 1 would mean that the search found no more than noise
-        print(f", penalty {stats.penalty:.4f}, ascent gain {stats.ascent_gain:.1f}" if stats else "")
+        stats = smart.stats  # of the last call; a bad example is one without a gradient to follow
+        print(f", penalty {stats.penalty:.4f}, bad examples {stats.bad_examples}" if stats else "")
 
 
 def loss_of(model, batch, smart, lambda_s, bregman):

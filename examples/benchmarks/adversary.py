@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from _adversary.case import Case
 from _adversary.cells import CELLS, CHECKED, Cell, check, measure
+from _adversary.figures import draw
 from _adversary.reference import RESTARTS, STEPS
 from _adversary.subject import SAMPLE, TASKS, Batch, Model, fit, load
-from _adversary.tables import draw, markdown
+from _adversary.tables import markdown
 
 import smartreg
 

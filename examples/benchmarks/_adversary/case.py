@@ -11,7 +11,7 @@ from torch import Tensor
 from smartreg import SmartLoss
 
 from .reference import Ball, Deltas, divergence
-from .rules import Rule
+from .rules import NOISE, Rule
 from .subject import TASKS, Batch, Model
 
 DROPOUT_SEED = 123  # of the masks that the reference and the library's clean pass share in train mode
@@ -62,7 +62,7 @@ class Case:
         In a ball a hundredth as large, a step longer than its diameter ends on the sphere, next to the gradient's own
         direction wherever it began, so that steps are power iterations; a call without steps keeps what they found.
         """
-        ball = {"norm": "2", "norm_over": over}
+        ball = {**NOISE, "norm": "2", "norm_over": over, "ascent": "projected"}
         small = TINY * epsilon
         steps = {"epsilon": small, "noise_std": small, "step_size": 100 * small, "steps": iterations}
         direction = self._found({**ball, **steps}, seed)
@@ -72,7 +72,7 @@ class Case:
     def packages(self, epsilon: float, seed: int) -> dict[str, Tensor]:
         """The perturbations of MT-DNN's rule and of smart-pytorch, brought to the length that ε has for norm 2."""
         published = {"epsilon": 1e-6, "step_size": 1e-3, "noise_std": 1e-5, "epsilon_scale": "absolute", "steps": 1}
-        rule = {**published, "ascent": "normalized", "norm": "inf", "norm_over": "token"}
+        rule = {**NOISE, **published, "ascent": "normalized", "norm": "inf", "norm_over": "token"}
         found = {"MT-DNN's rule": self._found(rule, seed)}
         if self.kind == "symmetric_kl":  # the package's softmax has nothing to say of a single output
             found["smart-pytorch"] = [self._smart_pytorch(seed)]

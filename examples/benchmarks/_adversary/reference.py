@@ -1,10 +1,10 @@
 r"""The maximum of the divergence in a ball, found by a long search that shares nothing with the library.
 
 A projected steepest ascent: the step that gains most to first order under the norm of the ball (the sign of the
-gradient for inf, the gradient over its length for 2), twice the radius at first, shrinking linearly to nothing. For each
-example the best point of all steps of all restarts counts. The landscape has a summit for each class that the output
-can be driven to, and the highest is usually that of a class which the clean output all but excludes; so restarts begin
-on the sphere, in the directions that raise the least likely classes, before they begin at random.
+gradient for inf, the gradient over its length for 2), twice the radius at first, shrinking linearly to nothing. For
+each example the best point of all steps of all restarts counts. The landscape has a summit for each class that the
+output can be driven to, and the highest is usually that of a class which the clean output all but excludes; so two
+thirds of the restarts begin on the sphere, in the directions that raise the least likely classes, the others at random.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ class Ball:
     def length(self, delta: Tensor) -> Tensor:
         """The norm, one for each example or token, with the dimensions kept."""
         dims = (1, 2) if self.over == "example" else (2,)
-        return delta.abs().amax(dims, keepdim=True) if self.norm == "inf" else delta.square().sum(dims, keepdim=True).sqrt()
+        return (
+            delta.abs().amax(dims, keepdim=True)
+            if self.norm == "inf"
+            else delta.square().sum(dims, keepdim=True).sqrt()
+        )
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """The point of the sphere that a linear function with this gradient is largest at."""
@@ -123,7 +127,7 @@ def _starts(
 
 
 def _directions(clean: Tensor) -> list[Tensor]:
-    """In output space: from the likeliest class to each other, the least likely first; of a single output, both signs."""
+    """In output space: from the likeliest class to each, the least likely first; both signs of a single output."""
     if clean.shape[-1] == 1:
         return [torch.ones_like(clean), -torch.ones_like(clean)]
     order = clean.argsort(-1)

@@ -6,18 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 FORWARD, BACKWARD_TO_INPUT = 1 / 3, 1 / 3  # of a plain training step, whose backward also makes the weights' gradients
 SCALED = ("epsilon", "step_size", "noise_std")
-
-
-def towards_uniform(outputs: Tensor) -> Tensor:
-    """u = 1/C − p, or 1/2 − p for single Bernoulli logits: the gradient of the mean log-probability of all classes."""
-    if outputs.shape[-1] == 1:
-        return 0.5 - outputs.sigmoid()
-    return 1 / outputs.shape[-1] - outputs.softmax(-1)
 
 
 def reversed_logits(outputs: Tensor) -> Tensor:
@@ -53,7 +45,7 @@ class Rule:
         name: In the tables.
         steps: The numbers of ascent steps that it is measured with.
         options: Of `SmartLoss`; `step_size` and `noise_std` in multiples of epsilon.
-        u: The cotangent of a gradient start, from the clean outputs, if it is not drawn.
+        u: The cotangent of a gradient start, from the clean outputs, where the library's own is not used.
         norms: The balls that it is meant for.
         divergences: The outputs that it is meant for.
         tried: Only measured in the main cells: it did not win.
@@ -72,7 +64,7 @@ class Rule:
 
     def cost(self, steps: int) -> float:
         """In plain training steps: the clean and the perturbed pass with their backwards, and the search."""
-        start = BACKWARD_TO_INPUT if self.options.get("start") == "gradient" else 0.0
+        start = 0.0 if self.options["start"] == "noise" else BACKWARD_TO_INPUT
         return 2.0 + start + steps * (FORWARD + BACKWARD_TO_INPUT)
 
     def settings(self, epsilon: float, steps: int) -> dict[str, Any]:
@@ -81,20 +73,22 @@ class Rule:
         return {**self.options, **scaled, "epsilon": epsilon, "steps": steps}
 
 
+NOISE = {"start": "noise"}
 GRADIENT = {"ascent": "steepest", "start": "gradient"}
-FAR = {**GRADIENT, "step_size": 2.0}
+UNIFORM = {"ascent": "steepest", "start": "towards_uniform"}
+FAR = {"step_size": 2.0}
 SOFTMAX, PROBABLE = ("symmetric_kl",), ("symmetric_kl", "binary_symmetric_kl")
 
 RULES = (
-    Rule("Algorithm 1, σ = ε", (0, 1, 2, 3), {"ascent": "projected"}),
-    Rule("Algorithm 1, σ = ε/10", (1, 2, 3), {"ascent": "projected", "noise_std": 0.1}),
-    Rule("steepest, σ = ε/10", (1, 2, 3), {"ascent": "steepest", "noise_std": 0.1}, norms=("inf",)),
-    Rule("gradient start, random u", (0, 1, 2), GRADIENT),
-    Rule("gradient start, random u, η = 2ε", (1, 2), FAR),
-    Rule("gradient start, u = 1/C − p", (0, 1, 2, 3), GRADIENT, towards_uniform, divergences=PROBABLE),
-    Rule("gradient start, u = 1/C − p, η = 2ε", (1, 2), FAR, towards_uniform, divergences=PROBABLE),
-    Rule("u = −(z − mean z)", (0, 1), FAR, reversed_logits, divergences=SOFTMAX, tried=True),
-    Rule("u = gradient of the entropy", (0, 1), FAR, entropy, divergences=SOFTMAX, tried=True),
-    Rule("u = p − e_top", (0, 1), FAR, against_the_top, divergences=SOFTMAX, tried=True),
-    Rule("u = e_least − e_top", (0, 1), FAR, towards_the_least, divergences=SOFTMAX, tried=True),
+    Rule("Algorithm 1, σ = ε", (0, 1, 2, 3), {**NOISE, "ascent": "projected"}),
+    Rule("Algorithm 1, σ = ε/10", (1, 2, 3), {**NOISE, "ascent": "projected", "noise_std": 0.1}),
+    Rule("steepest, σ = ε/10", (1, 2, 3), {**NOISE, "ascent": "steepest", "noise_std": 0.1}, norms=("inf",)),
+    Rule("gradient start", (0, 1, 2), GRADIENT),
+    Rule("gradient start, η = 2ε", (1, 2), {**GRADIENT, **FAR}),
+    Rule("start towards uniform", (0, 1, 2, 3), UNIFORM, divergences=PROBABLE),
+    Rule("start towards uniform, η = 2ε", (1, 2), {**UNIFORM, **FAR}, divergences=PROBABLE),
+    Rule("u = −(z − mean z)", (0, 1), {**GRADIENT, **FAR}, reversed_logits, divergences=SOFTMAX, tried=True),
+    Rule("u = gradient of the entropy", (0, 1), {**GRADIENT, **FAR}, entropy, divergences=SOFTMAX, tried=True),
+    Rule("u = p − e_top", (0, 1), {**GRADIENT, **FAR}, against_the_top, divergences=SOFTMAX, tried=True),
+    Rule("u = e_least − e_top", (0, 1), {**GRADIENT, **FAR}, towards_the_least, divergences=SOFTMAX, tried=True),
 )

@@ -1,4 +1,4 @@
-"""What the adversary study measures: MiniLM with a head for sentiment, paraphrase or similarity, before and after fitting."""
+"""What the adversary study measures: MiniLM with a head for sentiment, paraphrase or similarity, new or fitted."""
 
 from __future__ import annotations
 
@@ -102,13 +102,18 @@ def load(task: str, data_dir: Path, *, rows: int, train_rows: int, seed: int) ->
     kind = TASKS[task]
     torch.manual_seed(seed)
     model = Model(BertModel.from_pretrained(folder, add_pooling_layer=False), kind.outputs, len(kind.columns))
-    read = lambda split, count: _read(data_dir / f"{kind.stem}-{split}.csv", kind, tokenizer, count)  # noqa: E731
-    return model.eval(), read("train", train_rows), read("dev", rows)
+    splits = {"train": train_rows, "dev": rows}
+    train, dev = (_read(data_dir / f"{kind.stem}-{name}.csv", kind, tokenizer, splits[name]) for name in splits)
+    return model.eval(), train, dev
 
 
 def _read(file: Path, task: Task, tokenizer: Any, count: int) -> Batch:
     with open(file, newline="", encoding="utf-8") as lines:
-        table = [row for row in csv.DictReader(lines, delimiter="\t") if row[task.label] and all(row[c] for c in task.columns)]
+        table = [
+            row
+            for row in csv.DictReader(lines, delimiter="\t")
+            if row[task.label] and all(row[c] for c in task.columns)
+        ]
     table = table[:count]
     options = {"padding": True, "truncation": True, "max_length": MAX_LENGTH, "return_tensors": "pt"}
     encoded = [tokenizer([row[column] for row in table], **options) for column in task.columns]

@@ -8,7 +8,16 @@ from typing import Any
 from .cells import CELLS, Cell
 
 Cells = Mapping[str, Mapping[str, Any]]
-SHORT = 1  # steps in the tables that compare cells
+COLUMNS = {
+    ("Algorithm 1, σ = ε", 1): "Algorithm 1",
+    ("Algorithm 1, σ = ε/10", 1): "σ = ε/10",
+    ("steepest, σ = ε/10", 1): "steepest, σ = ε/10",
+    ("gradient start", 0): "gradient start",
+    ("gradient start", 1): "gradient start",
+    ("start towards uniform", 0): "towards uniform",
+    ("start towards uniform", 1): "towards uniform",
+    ("start towards uniform, η = 2ε", 1): "the same, η = 2ε",
+}
 
 
 def share(reached: Sequence[float], maximum: Sequence[float]) -> float:
@@ -31,7 +40,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     cells: Cells = results["cells"]
     main = [cell for cell in CELLS if cell.main and cell.key in cells]
     parts = [_one_cell(cell, cells[cell.key]) for cell in main]
-    parts += [_compared(cells), _converged(cells)]
+    parts += [_compared(cells), _packages(cells), _converged(cells)]
     return "\n".join(part for part in parts if part)
 
 
@@ -52,25 +61,30 @@ def _one_cell(cell: Cell, found: Mapping[str, Any]) -> str:
 
 
 def _compared(cells: Cells) -> str:
-    """One row for each cell, one column for each rule with at most one step."""
-    present = [cell for cell in CELLS if cell.key in cells]
-    found = {cell: shares(cells[cell.key]) for cell in present}
-    columns = _columns(found[cell] for cell in present if not cell.main)
-    if not columns:
-        return ""
-    head = ["head", "stage", "mode", "norm", "over", "ε", "maximum", *(f"{rule}, {steps}" for rule, steps in columns)]
-    lines = ["### Every cell, with at most one step", "", "| " + " | ".join(head) + " |"]
-    lines.append("|---" * 6 + "|---:" * (len(head) - 6) + "|")
-    for cell in present:
-        best = cells[cell.key]["maximum"]
-        place = [cell.task, cell.stage, cell.mode, cell.norm.replace("inf", "∞"), cell.over, f"{cell.epsilon:g}"]
-        numbers = [f"{found[cell][column]:.3f}" if column in found[cell] else "" for column in columns]
-        lines.append("| " + " | ".join([*place, f"{sum(best) / len(best):.3g}", *numbers]) + " |")
+    """One row for each cell, one column for each of the rules that a user would choose from."""
+    head = ["cell", "maximum", *(f"{label} ({steps})" for (_, steps), label in COLUMNS.items())]
+    lines = ["### Every cell: the share that each rule (with so many steps) reaches", ""]
+    lines += ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for cell in CELLS:
+        if cell.key in cells:
+            best, found = cells[cell.key]["maximum"], shares(cells[cell.key])
+            numbers = [f"{found[column]:.3f}" if column in found else "" for column in COLUMNS]
+            lines.append("| " + " | ".join([title(cell), f"{sum(best) / len(best):.3g}", *numbers]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _columns(found: Any) -> list[tuple[str, int]]:
-    return [column for column in dict.fromkeys(key for one in found for key in one) if column[1] <= SHORT]
+def _packages(cells: Cells) -> str:
+    """The earlier packages' rules, at the length that the ball of norm 2 allows."""
+    rows = []
+    for cell in CELLS:
+        found = shares(cells[cell.key]) if cell.key in cells else {}
+        if ("MT-DNN's rule", 1) in found:
+            columns = ("MT-DNN's rule", "smart-pytorch", "VAT's power iteration")
+            numbers = [f"{found[name, 1]:.4f}" if (name, 1) in found else "" for name in columns]
+            rows.append("| " + " | ".join([title(cell), *numbers]) + " |")
+    head = ["### The packages' rules, brought to the same length, and VAT's, with one step", ""]
+    head += ["| cell | MT-DNN's rule | smart-pytorch | VAT |", "|---|---:|---:|---:|"]
+    return "\n".join([*head, *rows]) + "\n" if rows else ""
 
 
 def _converged(cells: Cells) -> str:

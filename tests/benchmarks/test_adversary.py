@@ -2,6 +2,7 @@
 
 import ast
 import json
+import operator
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -134,6 +135,22 @@ def test_shares(tables: ModuleType) -> None:
     assert tables.share_of_means([1.0, 1.0], [2.0, 4.0]) == pytest.approx(1 / 3)
 
 
+def test_tables_are_made_from_the_results_alone(tables: ModuleType) -> None:
+    from _adversary.cells import CELLS
+
+    rules = [
+        {"rule": "gradient start", "steps": 0, "cost": 2.33, "reached": [1.0, 1.0]},
+        {"rule": "MT-DNN's rule", "steps": 1, "cost": 2.67, "reached": [0.0, 0.2]},
+    ]
+    found = {"maximum": [2.0, 4.0], "rules": rules, "check": {"maximum": [2.0, 4.03]}}
+    text = tables.markdown({"cells": {CELLS[0].key: found}})
+    assert "### Sentiment, fitted, eval mode, norm ∞ over the example, ε = 0.15" in text
+    assert "| gradient start | 0 | 2.33 | 0.375 | 0.333 |" in text
+    assert f"| {tables.title(CELLS[0])} | 3 |  |  |  | 0.375 |  |  |  |  |" in text
+    assert f"| {tables.title(CELLS[0])} | 0.0250 |  |  |" in text
+    assert f"| {CELLS[0].key} | 3 | 3.015 | +0.50% |" in text
+
+
 def test_the_command_measures_resumes_and_refuses_other_options(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -144,25 +161,25 @@ def test_the_command_measures_resumes_and_refuses_other_options(
     command = ["--quick", "--output-dir", str(tmp_path)]
     assert adversary.main(command) == 0
     results = json.loads((tmp_path / "adversary.json").read_text())
-    assert set(results["cells"]) == {CELLS[1].key, CELLS[2].key}
-    sentiment = results["cells"][CELLS[1].key]
+    assert set(results["cells"]) == {CELLS[9].key, CELLS[12].key}
+    sentiment = results["cells"][CELLS[12].key]
     rules = {(row["rule"], row["steps"]): row for row in sentiment["rules"]}
     assert {"smart-pytorch", "MT-DNN's rule", "VAT's power iteration"} <= {name for name, _ in rules}
     assert all(len(row["reached"]) == len(sentiment["maximum"]) == 2 for row in rules.values())
     assert rules["start towards uniform", 0]["cost"] == 2.33
     text = (tmp_path / "adversary.md").read_text()
-    first = rules["gradient start", 0]
-    ratio = sum(r / m for r, m in zip(first["reached"], sentiment["maximum"], strict=True)) / 2
-    assert f"| gradient start | 0 | 2.33 | {ratio:.3f} |" in text
+    ratio = sum(map(operator.truediv, rules["gradient start", 0]["reached"], sentiment["maximum"])) / 2
+    assert f"| {ratio:.3f} |" in next(line for line in text.splitlines() if "norm 2" in line)
     assert (tmp_path / "adversary.png").stat().st_size > 10_000
 
     # A second run has nothing to measure; one that lacks a cell measures that cell alone.
-    del results["cells"][CELLS[2].key]
+    del results["cells"][CELLS[9].key]
     (tmp_path / "adversary.json").write_text(json.dumps(results))
     capsys.readouterr()
     assert adversary.main(command) == 0
-    assert "[1/2]" not in (said := capsys.readouterr().out)
-    assert f"[2/2] {CELLS[2].key}" in said
+    said = capsys.readouterr().out
+    assert f"[1/2] {CELLS[9].key}" in said
+    assert "[2/2]" not in said
     with pytest.raises(SystemExit, match="2"):
         adversary.main([*command[1:], "--examples", "3"])
     assert "holds results of other options" in capsys.readouterr().err

@@ -18,7 +18,7 @@ STYLES = {
     "start towards uniform, η = 2ε": ("tab:blue", "o", "-", "towards uniform"),
 }
 STARTS = {"gradient start, η = 2ε": "gradient start", "start towards uniform, η = 2ε": "start towards uniform"}
-PANELS = (CELLS[0], CELLS[1], CELLS[2])
+PANELS = 3
 
 
 def draw(results: Mapping[str, Any], file: Path) -> None:
@@ -28,7 +28,7 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    present = [cell for cell in PANELS if cell.key in results["cells"]]
+    present = [cell for cell in CELLS if cell.key in results["cells"]][:PANELS]
     figure, grid = pyplot.subplots(len(present), 1, figsize=(5.0, 0.6 + 2.7 * len(present)), squeeze=False, sharex=True)
     for axes, cell in zip(grid[:, 0], present, strict=True):
         _panel(axes, results["cells"][cell.key])

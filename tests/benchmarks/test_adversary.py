@@ -4,13 +4,16 @@ import ast
 import json
 import operator
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from smartreg import SmartLoss
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 SHAPE = (3, 4, 5)  # examples, tokens, features
@@ -128,6 +131,76 @@ def test_the_reference_imports_torch_alone() -> None:
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
     assert not any(node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+
+
+class Encoder(nn.Module):
+    """What the study needs of a BERT, small enough to try every rule on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=8)
+        self.words, self.mix, self.dropout = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Dropout(0.1)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Any:
+        return SimpleNamespace(last_hidden_state=self.dropout(self.mix(inputs_embeds).tanh()))
+
+
+@pytest.fixture
+def make_case(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from _adversary.case import Case
+    from _adversary.subject import TASKS, Batch, Model
+
+    def make(task: str, *, train: bool) -> Any:
+        torch.manual_seed(0)
+        count = len(TASKS[task].columns)
+        model = Model(Encoder(), TASKS[task].outputs, count)
+        nn.init.normal_(model.head.weight, std=0.5)
+        ids = torch.randint(20, (count, 4, 5))
+        masks = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+        return Case(model, Batch(tuple(ids), (masks,) * count, torch.zeros(4)), task, train=train)
+
+    return make
+
+
+@pytest.mark.parametrize("norm", ["inf", "2"])
+@pytest.mark.parametrize(("task", "train"), [("sentiment", True), ("paraphrase", False), ("similarity", True)])
+def test_no_rule_beats_the_maximum(make_case: Callable[..., Any], task: str, train: bool, norm: str) -> None:
+    from _adversary import cells
+
+    case = make_case(task, train=train)
+    found = cells.measure(case, cells.Cell(task, "end", "", norm, "example", 0.3, main=True), seed=0)
+    names = {row["rule"] for row in found["rules"]}
+    assert {"Algorithm 1, σ = ε", "gradient start"} <= names
+    assert ("start towards uniform" in names) == (task != "similarity")
+    assert ("VAT's power iteration" in names) == (norm == "2")
+    for row in found["rules"]:
+        for value, best in zip(row["reached"], found["maximum"], strict=True):
+            assert 0 <= value <= best * 1.001, (row["rule"], row["steps"])
+
+
+@pytest.mark.parametrize("task", ["sentiment", "paraphrase", "similarity"])
+def test_a_rule_reaches_what_the_library_returns(make_case: Callable[..., Any], task: str) -> None:
+    """In train mode too: the reference's dropout masks are those of the library's clean pass."""
+    from _adversary.case import DROPOUT_SEED
+    from _adversary.rules import RULES
+
+    case = make_case(task, train=True)
+    rule = next(rule for rule in RULES if rule.name == "gradient start")
+    reached = case.reached(rule, "2", "example", 0.3, 1, seed=5)
+    smart = SmartLoss(
+        case.model,
+        divergence=case.kind,
+        norm="2",
+        generator=torch.Generator().manual_seed(5),
+        **rule.settings(0.3, 1),
+    )
+    torch.manual_seed(DROPOUT_SEED)
+    penalty = smart(lambda m: m(case.batch), mask=case.batch.masks).penalty
+    assert reached.mean().item() == pytest.approx(penalty.item(), rel=1e-4)
 
 
 def test_shares(tables: ModuleType) -> None:

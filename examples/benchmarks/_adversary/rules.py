@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 FORWARD, BACKWARD_TO_INPUT = 1 / 3, 1 / 3  # of a plain training step, whose backward also makes the weights' gradients
-SCALED = ("epsilon", "step_size", "noise_std")
 
 
 def reversed_logits(outputs: Tensor) -> Tensor:

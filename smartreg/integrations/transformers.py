@@ -217,26 +217,31 @@ class SmartTrainerMixin(_Parent):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.regularizers.strength:
-            state = {key: value.contiguous() for key, value in self.regularizers.state_dict().items()}
-            save_file(state, self._state_file(output_dir))
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # the process that saves the model may not be there yet
+        state = {key: value.contiguous() for key, value in self.regularizers.state_dict().items()}
+        teacher, own = self._state_files(output_dir)
+        for file, prefix, mine in ((teacher, "bregman.", self.args.should_save), (own, "smart.", True)):
+            part = {key: value for key, value in state.items() if key.startswith(prefix)}
+            if part and mine:
+                save_file(part, file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.regularizers.strength:
+        if checkpoint is None:
             return
-        file = self._state_file(checkpoint)
-        if not file.exists():
+        teacher, own = self._state_files(checkpoint)
+        if self.regularizers.strength.bregman_mu and not teacher.exists():
             raise FileNotFoundError(
-                f"cannot resume: {file} is missing, which holds the teacher and the generator. The checkpoint was "
-                f"written without SMART, or by fewer processes. To start a teacher from its weights, load the model "
-                f"from there and call train() without resume_from_checkpoint"
+                f"cannot resume: {teacher} is missing, which holds the teacher; the run that wrote the checkpoint had "
+                f"none. To start one from its weights, load the model from there and call train() without "
+                f"resume_from_checkpoint"
             )
-        self.regularizers.load_state_dict(load_file(file))
+        state = {key: value for file in (teacher, own) if file.exists() for key, value in load_file(file).items()}
+        self.regularizers.load_state_dict(state)
 
-    def _state_file(self, folder: str) -> Path:
-        """Each process has its own: their generators differ."""
-        return Path(folder) / f"smartreg-{self.args.process_index}.safetensors"
+    def _state_files(self, folder: str) -> tuple[Path, Path]:
+        """That of the teacher, which all processes share, and that of the generator of this one."""
+        return Path(folder) / "smartreg.safetensors", Path(folder) / f"smartreg-{self.args.process_index}.safetensors"
 
     # How a batch is weighted among those of one optimizer step
 

@@ -256,14 +256,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, labe
 
 def test_a_checkpoint_without_a_teacher_is_an_error(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
-    trained(tmp_path, "one label", stock=True, **saving)
     checkpoint = str(tmp_path / "checkpoint-2")
-    with pytest.raises(FileNotFoundError, match=r"cannot resume: .*smartreg-0.safetensors is missing"):
-        trainer_of(tmp_path, "one label", **saving).train(resume_from_checkpoint=checkpoint)
+
+    def resume(**options: Any) -> None:
+        trainer_of(tmp_path, "one label", **saving, **options).train(resume_from_checkpoint=checkpoint)
 
     trained(tmp_path, "one label", bregman_mu=0.0, **saving)
-    with pytest.raises(ValueError, match=r"the saved run had no teacher, this one with bregman_mu=3\.0 has a"):
-        trainer_of(tmp_path, "one label", **saving).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(FileNotFoundError, match=r"cannot resume: .*smartreg\.safetensors is missing"):
+        resume()
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "generator"'):
+        resume(bregman_mu=0.0, smart_options={"generator": generator()})
+    trained(tmp_path, "one label", **saving)
+    with pytest.raises(ValueError, match="the saved run had a teacher, and this one with bregman_mu=0 has none"):
+        resume(bregman_mu=0.0)
 
 
 # (e) The first proximal term

@@ -8,7 +8,7 @@ import lightning.pytorch as lightning
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from trainer_tools import BETA, CASES, LAMBDA, MU, RATE, Rows, averages, batch_of, row_noise, weights
+from trainer_tools import BETA, CASES, LAMBDA, MU, RATE, SEARCH, Rows, averages, batch_of, row_noise, weights
 
 from smartreg import SmartLoss
 from smartreg.integrations.lightning import SmartCallback, smart_loss
@@ -67,7 +67,8 @@ def main(folder: Path) -> None:
     forward = SmartLoss.forward
     SmartLoss.forward = lambda self, *a, **k: forward(self, *a, **{**k, "noise": row_noise})
     module = Module("one label", CASES["one label"].model())
-    callback = SmartCallback(smart_lambda=LAMBDA, bregman_mu=MU, bregman_options={"beta": BETA})
+    options = {"smart_options": SEARCH, "bregman_options": {"beta": BETA}}
+    callback = SmartCallback(smart_lambda=LAMBDA, bregman_mu=MU, **options)
     trainer = fit(folder, module, batch_of("one label"), [callback], size=4, devices=2, strategy="ddp")
     found = {"weights": weights(module.model), "averages": averages(callback.regularizers.bregman)}
     torch.save(found, folder / f"{trainer.global_rank}.pt")

@@ -14,6 +14,7 @@ from torch.nn import functional
 from smartreg import MomentumBregman, SmartLoss, token_mask
 
 TOKENS, ROWS, LAMBDA, MU, BETA, RATE = 8, 8, 0.7, 3.0, 0.6, 0.05
+SEARCH = {"start": "noise", "steps": 1}  # a search that draws numbers and has a step to gain by
 
 
 def row_noise(embeddings: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ CASES = {
         _next,
         lambda out, batch: next_tokens(out, batch) / unshifted(batch).sum(),
         output_mask=shifted,
-        share=lambda batch: float(shifted(batch).sum() / unshifted(batch).sum()),
+        share=lambda batch: shifted(batch).sum().item() / unshifted(batch).sum().item(),
     ),
     "sequence to sequence": Case(
         lambda dropout=0.0: build("t5", dropout=dropout),
@@ -198,12 +199,11 @@ def by_hand(
     steps: int,
     *,
     task: Callable[[Any, dict[str, Tensor]], Tensor] | None = None,
-    **smart_options: Any,
 ) -> MomentumBregman:
     """The whole batch at every step, in the five lines of the start page; trains `model`, returns its teacher."""
     case = CASES[name]
     compare = {"divergence": case.divergence, "output_to_logits": case.output_to_logits}
-    smart, bregman = SmartLoss(model, **compare, **smart_options), MomentumBregman(model, beta=BETA, **compare)
+    smart, bregman = SmartLoss(model, **compare, **SEARCH), MomentumBregman(model, beta=BETA, **compare)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     output_mask = None if case.output_mask is None else case.output_mask(batch)
     model.train()

@@ -94,7 +94,14 @@ class Regularizers:
             self.smart.remove()
         self.smart = self.bregman = self._taught = self._pending = None
 
-    def follow(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+    def follow(
+        self,
+        model: nn.Module,
+        options: Mapping[str, Any],
+        *,
+        embedding: nn.Module | None = None,
+        teacher: Callable[[], nn.Module] | None = None,
+    ) -> None:
         """Build what the run needs for this model, if that has not been done.
 
         The search depends on what wraps the model, the teacher on the model inside: a new wrapper keeps the teacher.
@@ -102,13 +109,16 @@ class Regularizers:
         Args:
             model: As the framework hands it over, wrapped or not.
             options: Arguments of both, such as the divergence; those given to the constructor win.
+            embedding: Where the model does not tell it.
+            teacher: Makes one where a plain copy would copy too much.
         """
         if self.strength.smart_lambda and (self.smart is None or self.smart.model is not model):
             if self.smart is not None:
                 self.smart.remove()
-            self.smart = SmartLoss(model, **{**options, **self._smart_options})
+            self.smart = SmartLoss(model, **{"embedding": embedding, **options, **self._smart_options})
         if self.strength.bregman_mu and (self.bregman is None or self._taught is not innermost(model)):
-            self.bregman = MomentumBregman(model, **{**options, **self._bregman_options})
+            start = None if teacher is None else teacher()
+            self.bregman = MomentumBregman(model, **{"teacher": start, **options, **self._bregman_options})
             self._taught = innermost(model)
         if self._pending is not None:
             state, self._pending = self._pending, None
@@ -117,8 +127,8 @@ class Regularizers:
 
     def __call__(
         self, model: nn.Module, forward: Forward, step: int, *, mask: Masks = None, output_mask: OutputMask = None
-    ) -> tuple[Any, Tensor | float]:
-        """The outputs of the clean pass, and the weighted sum of both penalties.
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The outputs of the clean pass, and what is to be added to the loss: each penalty times its weight.
 
         Args:
             model: The model that `follow` was given.
@@ -127,19 +137,19 @@ class Regularizers:
             mask: One for each look-up of the embedding, see `SmartLoss`.
             output_mask: Which positions of the output are compared.
         """
-        total: Tensor | float = 0.0
+        terms: dict[str, Tensor] = {}
         weight = self.strength.smart_at(step)
         if self.smart is not None and weight > 0:
             outputs, penalty = self.smart(forward, mask=mask, output_mask=output_mask)
             self._note("smart_penalty", penalty)
-            total = total + weight * penalty
+            terms["smart_term"] = weight * penalty
         else:
             outputs = forward(model)
         if self.bregman is not None:
             proximal = self.bregman(forward, outputs, output_mask=output_mask)
             self._note("bregman_penalty", proximal)
-            total = total + self.strength.bregman_mu * proximal
-        return outputs, total
+            terms["bregman_term"] = self.strength.bregman_mu * proximal
+        return outputs, terms
 
     def update(self) -> None:
         """Move the teacher; call it after an optimizer step that was not skipped."""

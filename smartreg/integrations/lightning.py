@@ -150,9 +150,9 @@ def smart_loss(
         return forward(model), 0.0
     regularizers.follow(model, found[0].compare)
     step = trainer.global_step
-    outputs, total = regularizers(model, forward, step, mask=mask, output_mask=output_mask)
+    outputs, terms = regularizers(model, forward, step, mask=mask, output_mask=output_mask)
     module.log_dict(regularizers.means())
     gain = regularizers.ascent_gain() if step % max(1, trainer.log_every_n_steps) == 0 else None
     if gain is not None:  # to read it waits for the device
         module.log("smart_ascent_gain", gain)
-    return outputs, total
+    return outputs, sum(terms.values())

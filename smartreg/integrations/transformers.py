@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from smartreg.integrations._regularizers import Regularizers, Strength, require
 from smartreg.integrations._stand_in import StandIn
 
 try:
-    from safetensors.torch import load_file, save_file
     from transformers import (
         Seq2SeqTrainer,
         Seq2SeqTrainingArguments,
@@ -30,6 +28,8 @@ try:
         TrainerCallback,
         TrainingArguments,
     )
+
+    from smartreg.integrations import _checkpoint
 except ImportError as error:
     raise require("transformers and accelerate", "transformers", error) from error
 
@@ -155,6 +155,12 @@ class SmartTrainerMixin(_Parent):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's; the teacher starts anew."""
+        sharded = [name for name in ("deepspeed", "fsdp") if getattr(self, f"is_{name}_enabled", False)]
+        if sharded and self.regularizers.strength:
+            raise RuntimeError(
+                f"SMART has not been made to work with {sharded[0]} inside of the Trainer, which shards the model "
+                f"before a teacher can be copied: use DistributedDataParallel, or fully_shard in a loop of your own"
+            )
         self.regularizers.restart()
         self._head = self._counts = None
         return super().train(*args, **kwargs)
@@ -176,31 +182,36 @@ class SmartTrainerMixin(_Parent):
         self.regularizers.follow(model, self._head.options)
         output_mask = self._head.output_mask(batch)
         masks = self.smart_masks(self.model, batch)
-        terms: list[Tensor | float] = []
+        totals: list[Tensor | float] = []
 
         def clean_pass(*args: Any, **kwargs: Any) -> Any:
-            if terms:
+            if kwargs.get("fused_lm_head"):
+                raise RuntimeError(
+                    f"{type(self).__name__} asks for a fused head (TRL's trainers do), whose output has no logits to "
+                    f"compare: use the Trainer of transformers"
+                )
+            if totals:
                 raise RuntimeError(
                     f"{type(self).__name__}.compute_loss called the model twice for one batch, and SMART regularizes "
                     f"one pass: use SmartLoss and MomentumBregman in a compute_loss of your own"
                 )
-            outputs, total = self.regularizers(
+            outputs, terms = self.regularizers(
                 model, lambda m: m(*args, **kwargs), self.state.global_step, mask=masks, output_mask=output_mask
             )
-            terms.append(total)
+            totals.append(sum(terms.values()))
             return outputs
 
         result = super().compute_loss(
             StandIn(model, clean_pass), inputs, return_outputs, num_items_in_batch=num_items_in_batch
         )
-        if not terms:
+        if not totals:
             raise RuntimeError(
                 f"{type(self).__name__}.compute_loss never called the model that it was given, so that nothing is "
                 f"regularized: it must call its argument `model`"
             )
         loss, outputs = result if return_outputs else (result, None)
         for_task, for_terms = self._shares(batch, output_mask, num_items_in_batch, loss.dtype)
-        loss = for_task * loss + for_terms * terms[0]
+        loss = for_task * loss + for_terms * totals[0]
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -217,31 +228,12 @@ class SmartTrainerMixin(_Parent):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # the process that saves the model may not be there yet
-        state = {key: value.contiguous() for key, value in self.regularizers.state_dict().items()}
-        teacher, own = self._state_files(output_dir)
-        for file, prefix, mine in ((teacher, "bregman.", self.args.should_save), (own, "smart.", True)):
-            part = {key: value for key, value in state.items() if key.startswith(prefix)}
-            if part and mine:
-                save_file(part, file)
+        _checkpoint.save(self.regularizers, output_dir, self.args.process_index, main=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        teacher, own = self._state_files(checkpoint)
-        if self.regularizers.strength.bregman_mu and not teacher.exists():
-            raise FileNotFoundError(
-                f"cannot resume: {teacher} is missing, which holds the teacher; the run that wrote the checkpoint had "
-                f"none. To start one from its weights, load the model from there and call train() without "
-                f"resume_from_checkpoint"
-            )
-        state = {key: value for file in (teacher, own) if file.exists() for key, value in load_file(file).items()}
-        self.regularizers.load_state_dict(state)
-
-    def _state_files(self, folder: str) -> tuple[Path, Path]:
-        """That of the teacher, which all processes share, and that of the generator of this one."""
-        return Path(folder) / "smartreg.safetensors", Path(folder) / f"smartreg-{self.args.process_index}.safetensors"
+        if checkpoint is not None:
+            _checkpoint.load(self.regularizers, checkpoint, self.args.process_index)
 
     # How a batch is weighted among those of one optimizer step
 

@@ -15,7 +15,20 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning_tools import Module, fit
 from torch import Tensor
 from torch.utils.data import DataLoader
-from trainer_tools import BETA, CASES, LAMBDA, MU, Rows, averages, batch_of, by_hand, farthest, row_noise, weights
+from trainer_tools import (
+    BETA,
+    CASES,
+    LAMBDA,
+    MU,
+    SEARCH,
+    Rows,
+    averages,
+    batch_of,
+    by_hand,
+    farthest,
+    row_noise,
+    weights,
+)
 
 from smartreg import SmartLoss
 from smartreg.integrations.lightning import SmartCallback, smart_loss
@@ -37,7 +50,7 @@ def row_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def callback(**options: Any) -> SmartCallback:
-    settings = {"smart_lambda": LAMBDA, "bregman_mu": MU, "bregman_options": {"beta": BETA}}
+    settings = {"smart_lambda": LAMBDA, "bregman_mu": MU, "smart_options": SEARCH, "bregman_options": {"beta": BETA}}
     return SmartCallback(**{**settings, **options})
 
 
@@ -87,7 +100,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> N
     batch = batch_of("one label")
 
     def run(epochs: int, resume: Path | None = None) -> tuple[Module, SmartCallback, Path]:
-        one = callback(smart_options={"generator": torch.Generator().manual_seed(3)})
+        one = callback(smart_options={**SEARCH, "generator": torch.Generator().manual_seed(3)})
         saving = ModelCheckpoint(tmp_path, save_last=True, filename=f"{epochs}", every_n_train_steps=4)
         module = Module("one label", CASES["one label"].model())
         fit(tmp_path, module, batch, [one, saving], size=4, max_epochs=epochs, ckpt_path=resume)

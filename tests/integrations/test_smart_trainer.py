@@ -18,6 +18,7 @@ from trainer_tools import (
     CASES,
     LAMBDA,
     MU,
+    SEARCH,
     Rows,
     arguments,
     averages,
@@ -66,6 +67,7 @@ def trainer_of(
         made = arguments(folder, transformers.TrainingArguments, **options)
         return transformers.Trainer(model, made, train_dataset=train, eval_dataset=train, **mine)
     made = arguments(folder, SmartTrainingArguments, **{**ON, **options})
+    own["smart_options"] = {**SEARCH, **own.get("smart_options", {})}
     model = None if "model_init" in mine else model
     return SmartTrainer(model, made, train_dataset=train, eval_dataset=train, **own, **mine)
 
@@ -151,7 +153,7 @@ def test_a_subclass_keeps_its_own_loss(tmp_path: Path) -> None:
     by_hand(name, model, batch_of(name), STEPS, task=lambda out, batch: 5.0 * CASES[name].task(out, batch))
     cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     made = arguments(tmp_path, SmartTrainingArguments, **ON, **cut)
-    Mine(mine, made, train_dataset=Rows(batch_of(name))).train()
+    Mine(mine, made, train_dataset=Rows(batch_of(name)), smart_options=SEARCH).train()
     assert farthest(weights(mine), weights(model)) < 1e-9
 
 
@@ -486,6 +488,25 @@ def test_a_loss_of_no_or_two_passes_is_an_error(tmp_path: Path, times: int) -> N
     trainer = Mine(CASES["one label"].model(), made, train_dataset=Rows(batch_of("one label")))
     with pytest.raises(RuntimeError, match="called the model twice" if times else "never called the model"):
         trainer.train()
+
+
+def test_what_the_trainer_cannot_regularize_is_refused(tmp_path: Path) -> None:
+    class Fused(transformers.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            return model(**inputs, fused_lm_head=True).loss
+
+    class Mine(SmartTrainerMixin, Fused):
+        pass
+
+    made = arguments(tmp_path, SmartTrainingArguments, **ON)
+    trainer = Mine(CASES["one label"].model(), made, train_dataset=Rows(batch_of("one label")))
+    with pytest.raises(RuntimeError, match="Mine asks for a fused head"):
+        trainer.train()
+    for name in ("deepspeed", "fsdp"):
+        trainer = trainer_of(tmp_path, "one label")
+        setattr(trainer, f"is_{name}_enabled", True)
+        with pytest.raises(RuntimeError, match=f"SMART has not been made to work with {name} inside of the Trainer"):
+            trainer.train()
 
 
 def test_the_arguments_become_flags() -> None:

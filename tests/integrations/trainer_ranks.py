@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from trainer_tools import BETA, CASES, LAMBDA, MU, Rows, arguments, averages, batch_of, row_noise, weights
+from trainer_tools import BETA, CASES, LAMBDA, MU, SEARCH, Rows, arguments, averages, batch_of, row_noise, weights
 
 from smartreg import SmartLoss
 from smartreg.integrations.transformers import SmartTrainer, SmartTrainingArguments
@@ -24,7 +24,7 @@ def run(folder: Path, label: str, name: str, *, dropout: float = 0.0, resume: st
         CASES[name].model(dropout=dropout),
         made,
         train_dataset=Rows(batch_of(name)),
-        smart_options={"generator": generator},
+        smart_options={**SEARCH, "generator": generator},
     )
     trainer.train(resume_from_checkpoint=resume)
     keys = ("smart_penalty", "bregman_penalty")

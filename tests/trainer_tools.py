@@ -14,7 +14,7 @@ from torch.nn import functional
 from smartreg import MomentumBregman, SmartLoss, token_mask
 
 TOKENS, ROWS, LAMBDA, MU, BETA, RATE = 8, 8, 0.7, 3.0, 0.6, 0.05
-SEARCH = {"start": "noise", "steps": 1}  # a search that draws numbers and has a step to gain by
+SEARCH = {"start": "noise", "noise_std": 0.15, "steps": 1}  # draws numbers, and has a step to gain by
 
 
 def row_noise(embeddings: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The recipes of the documentation, executed: plain loops, the Hugging Face Trainer, Accelerate, PEFT."""
+"""The recipes of the documentation, executed: plain loops, Accelerate, PEFT."""
 
 import copy
 from collections.abc import Callable
@@ -10,7 +10,6 @@ import peft
 import pytest
 import recipes
 import torch
-import transformers
 from accelerate.state import AcceleratorState, GradientState
 from smart_models import algorithm_1
 from tiny_transformers import FAMILIES, LABELS, VOCABULARY, build
@@ -104,78 +103,6 @@ def test_steps_without_penalty_do_not_call_it(title: str, more: dict[str, Any], 
     assert not torch.equal(model.classifier.weight, before["classifier.weight"])
 
 
-def trainer_for(
-    folder: Path, model: nn.Module, *, batch_size: int, accumulation: int, epochs: int = 1, **options: Any
-) -> Any:
-    found = recipes.run("smart_trainer.py")
-    found["SmartLoss"] = SeededSmartLoss  # the name that the recipe's class looks up
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=epochs,
-        learning_rate=0.05,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        optim="sgd",
-        use_cpu=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        seed=0,
-    )
-    return found["SmartTrainer"](
-        model=model, args=arguments, train_dataset=Sentences(), eval_dataset=Sentences(4), **options
-    )
-
-
-def test_the_trainer_with_accumulation_gives_the_weights_of_one_large_batch(tmp_path: Path) -> None:
-    model = build()
-    found = []
-    for batch_size, accumulation in ((8, 1), (2, 4)):
-        trainer = trainer_for(tmp_path, copy.deepcopy(model), batch_size=batch_size, accumulation=accumulation)
-        trainer.train()
-        assert trainer.bregman.updates == 1
-        assert trainer.smart.stats.penalty > 1e-4
-        found.append((weights(trainer.model), dict(trainer.bregman.state_dict())))
-    plain = recipes.run("loop.py", **names(whole := copy.deepcopy(model), 8))
-
-    assert not torch.equal(found[0][0]["classifier.weight"], model.classifier.weight)
-    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-11)
-    torch.testing.assert_close(found[0][0], weights(whole), rtol=1e-8, atol=1e-11)
-    assert plain["bregman"].updates == 1
-
-
-def test_the_trainer_evaluates_the_model_alone(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, build(), batch_size=4, accumulation=1)
-    wanted = trainer.evaluate()["eval_loss"]
-    model = trainer.model.eval()
-    with torch.no_grad():
-        (batch,) = loader(4, 4)
-        assert wanted == pytest.approx(model(**batch).loss.item(), rel=1e-6)
-    assert trainer.smart is None
-    trainer.train()
-    calls: list[None] = []
-    trainer.smart.register_forward_pre_hook(lambda *_: calls.append(None))
-    trainer.evaluate()
-    assert not calls
-
-
-def test_the_teacher_of_the_trainer_stays_where_a_step_was_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = trainer_for(tmp_path, build(), batch_size=4, accumulation=1, epochs=2)
-    monkeypatch.setattr(
-        type(trainer.accelerator),
-        "optimizer_step_was_skipped",
-        property(lambda accelerator: trainer.state.global_step == 1),
-    )
-    trainer.train()
-    assert trainer.state.global_step == 4
-    assert trainer.bregman.updates == 3
-
-
 @pytest.fixture
 def accelerator() -> Any:
     """Makes one, and forgets the state that accelerate keeps for the process."""
@@ -197,6 +124,21 @@ def test_accelerate_with_accumulation_gives_the_weights_of_one_large_batch(accel
     found = recipes.run("accelerate_loop.py", **names(parts, 2), accelerator=accelerator(gradient_accumulation_steps=4))
     torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-9, atol=1e-12)
     assert found["bregman"].updates == 1
+
+
+def test_accelerate_saves_the_teacher(accelerator: Callable[..., Any], tmp_path: Path) -> None:
+    one = accelerator()
+    model = build()
+    found = recipes.run("accelerate_loop.py", **names(model, 4), accelerator=one)
+    bregman, saved = found["bregman"], {key: value.clone() for key, value in found["bregman"].state_dict().items()}
+    one.save_state(tmp_path)
+    with torch.no_grad():
+        model.classifier.weight.add_(1.0)
+    bregman.update()
+    assert bregman.updates == 3
+    one.load_state(tmp_path)
+    assert bregman.updates == 2
+    torch.testing.assert_close(dict(bregman.state_dict()), saved, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("memory_efficient", [False, True], ids=["standard", "memory-efficient"])
@@ -325,7 +267,6 @@ def test_every_recipe_with_a_name_is_executed() -> None:
         "warm_up.py",
         "every_kth_step.py",
         "accumulation.py",
-        "smart_trainer.py",
         "accelerate_loop.py",
         "lora.py",
         "compile.py",

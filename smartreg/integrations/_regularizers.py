@@ -1,0 +1,197 @@
+"""Both regularizers of one training run: built when first used, anew for another model, saved and loaded as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from smartreg import MomentumBregman, SmartLoss
+from smartreg._wrappers import innermost
+
+Forward = Callable[[nn.Module], Any]
+Masks = Tensor | Sequence[Tensor | None] | None
+OutputMask = Tensor | Sequence[Tensor | None] | None
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How much of each term a step gets.
+
+    Attributes:
+        smart_lambda: λ_s; 0 leaves the smoothness term out.
+        bregman_mu: μ; 0 leaves the proximal term out.
+        smart_every: The smoothness term is taken at one optimizer step in so many, with so many times the weight.
+        smart_warmup_steps: λ_s grows from 0 over so many optimizer steps.
+
+    Raises:
+        ValueError: A weight is negative or not finite, or a number of steps is out of range.
+    """
+
+    smart_lambda: float
+    bregman_mu: float
+    smart_every: int = 1
+    smart_warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("smart_lambda", "bregman_mu"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if self.smart_every < 1:
+            raise ValueError(f"smart_every must be 1 (every step) or more, got {self.smart_every}")
+        if self.smart_warmup_steps < 0:
+            raise ValueError(f"smart_warmup_steps must be 0 (none) or more, got {self.smart_warmup_steps}")
+
+    def __bool__(self) -> bool:
+        return self.smart_lambda > 0 or self.bregman_mu > 0
+
+    def smart_at(self, step: int) -> float:
+        """The weight of the smoothness term at an optimizer step, counted from 0.
+
+        Example:
+            >>> strength = Strength(0.5, 0.0, smart_every=2, smart_warmup_steps=4)
+            >>> [strength.smart_at(step) for step in range(7)]
+            [0.0, 0.0, 0.5, 0.0, 1.0, 0.0, 1.0]
+        """
+        if step % self.smart_every:
+            return 0.0
+        ramp = min(1.0, step / self.smart_warmup_steps) if self.smart_warmup_steps else 1.0
+        return self.smart_lambda * self.smart_every * ramp
+
+
+class Regularizers:
+    """λ_s R_s + μ D_Breg of one run.
+
+    Args:
+        strength: The weights.
+        smart_options: Arguments of `SmartLoss`, without the model.
+        bregman_options: Arguments of `MomentumBregman`, without the model.
+
+    Attributes:
+        smart: None until the first step, and where λ_s is 0.
+        bregman: None until the first step, and where μ is 0.
+    """
+
+    def __init__(
+        self, strength: Strength, smart_options: Mapping[str, Any], bregman_options: Mapping[str, Any]
+    ) -> None:
+        self.strength = strength
+        self.smart: SmartLoss | None = None
+        self.bregman: MomentumBregman | None = None
+        self._smart_options, self._bregman_options = dict(smart_options), dict(bregman_options)
+        self._taught: nn.Module | None = None
+        self._pending: dict[str, Tensor] | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def restart(self) -> None:
+        """Let the next step build both anew, from the weights that the model has then."""
+        if self.smart is not None:
+            self.smart.remove()
+        self.smart = self.bregman = self._taught = self._pending = None
+
+    def follow(
+        self,
+        model: nn.Module,
+        options: Mapping[str, Any],
+        *,
+        embedding: nn.Module | None = None,
+        teacher: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        """Build what the run needs for this model, if that has not been done.
+
+        The search depends on what wraps the model, the teacher on the model inside: a new wrapper keeps the teacher.
+
+        Args:
+            model: As the framework hands it over, wrapped or not.
+            options: Arguments of both, such as the divergence; those given to the constructor win.
+            embedding: Where the model does not tell it.
+            teacher: Makes one where a plain copy would copy too much.
+        """
+        if self.strength.smart_lambda and (self.smart is None or self.smart.model is not model):
+            if self.smart is not None:
+                self.smart.remove()
+            self.smart = SmartLoss(model, **{"embedding": embedding, **options, **self._smart_options})
+        if self.strength.bregman_mu and (self.bregman is None or self._taught is not innermost(model)):
+            start = None if teacher is None else teacher()
+            self.bregman = MomentumBregman(model, **{"teacher": start, **options, **self._bregman_options})
+            self._taught = innermost(model)
+        if self._pending is not None:
+            state, self._pending = self._pending, None
+            for prefix, part in self._parts().items():
+                part.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    def __call__(
+        self, model: nn.Module, forward: Forward, step: int, *, mask: Masks = None, output_mask: OutputMask = None
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The outputs of the clean pass, and what is to be added to the loss: each penalty times its weight.
+
+        Args:
+            model: The model that `follow` was given.
+            forward: Runs the module given to it once.
+            step: The optimizer step, counted from 0.
+            mask: One for each look-up of the embedding, see `SmartLoss`.
+            output_mask: Which positions of the output are compared.
+        """
+        terms: dict[str, Tensor] = {}
+        weight = self.strength.smart_at(step)
+        if self.smart is not None and weight > 0:
+            outputs, penalty = self.smart(forward, mask=mask, output_mask=output_mask)
+            self._note("smart_penalty", penalty)
+            terms["smart_term"] = weight * penalty
+        else:
+            outputs = forward(model)
+        if self.bregman is not None:
+            proximal = self.bregman(forward, outputs, output_mask=output_mask)
+            self._note("bregman_penalty", proximal)
+            terms["bregman_term"] = self.strength.bregman_mu * proximal
+        return outputs, terms
+
+    def update(self) -> None:
+        """Move the teacher; call it after an optimizer step that was not skipped."""
+        if self.bregman is not None:
+            self.bregman.update()
+
+    def means(self) -> dict[str, Tensor]:
+        """The mean of each penalty over the batches since the last call of this, without its weight."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
+
+    def ascent_gain(self) -> float | None:
+        """That of the last search, if there has been one."""
+        return None if self.smart is None or self.smart.stats is None else self.smart.stats.ascent_gain
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Teacher, counters and generator as one flat mapping of tensors."""
+        return {f"{prefix}{key}": v for prefix, part in self._parts().items() for key, v in part.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state over as soon as there is a model, in place of a new start.
+
+        Raises:
+            ValueError: It has a teacher that this run would lose.
+        """
+        if any(key.startswith("bregman.") for key in state) and not self.strength.bregman_mu:
+            raise ValueError("the saved run had a teacher, and this one with bregman_mu=0 has none: resume with its mu")
+        self._pending = dict(state)
+
+    def _parts(self) -> dict[str, nn.Module]:
+        parts = {"smart.": self.smart, "bregman.": self.bregman}
+        return {prefix: part for prefix, part in parts.items() if part is not None}
+
+    def _note(self, name: str, penalty: Tensor) -> None:
+        penalty = penalty.detach()
+        self._sums[name] = self._sums[name] + penalty if name in self._sums else penalty
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+
+def require(framework: str, extra: str, error: ImportError) -> ImportError:
+    """The error of an import that failed, with the extra that would have brought it."""
+    return ImportError(
+        f"smartreg.integrations.{extra.replace('-', '_')} needs {framework}: pip install 'smartreg[{extra}]' ({error})"
+    )

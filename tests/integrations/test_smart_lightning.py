@@ -1,0 +1,227 @@
+"""Lightning with SMART, against the loop that a person would write."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning_tools import Module, fit
+from torch import Tensor
+from torch.utils.data import DataLoader
+from trainer_tools import (
+    BETA,
+    CASES,
+    LAMBDA,
+    MU,
+    SEARCH,
+    Rows,
+    averages,
+    batch_of,
+    by_hand,
+    farthest,
+    row_noise,
+    weights,
+)
+
+from smartreg import SmartLoss
+from smartreg.integrations.lightning import SmartCallback, smart_loss
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+]
+STEPS = 3
+
+
+@pytest.fixture
+def row_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search starts where the row alone says."""
+    forward = SmartLoss.forward
+    monkeypatch.setattr(SmartLoss, "forward", lambda self, *a, **k: forward(self, *a, **{"noise": row_noise, **k}))
+
+
+def callback(**options: Any) -> SmartCallback:
+    settings = {"smart_lambda": LAMBDA, "bregman_mu": MU, "smart_options": SEARCH, "bregman_options": {"beta": BETA}}
+    return SmartCallback(**{**settings, **options})
+
+
+# (b), (h)
+
+
+@pytest.mark.usefixtures("row_start")
+@pytest.mark.parametrize("size", [8, 2])
+@pytest.mark.parametrize("name", ["one label", "tokens"])
+def test_three_steps_are_those_of_the_loop_by_hand(tmp_path: Path, name: str, size: int) -> None:
+    batch = batch_of(name)
+    if name == "tokens":  # as many targets in each batch: Lightning takes the mean of the batches' means
+        batch["labels"][:, 3:] = -100
+    model = CASES[name].model()
+    mine, without = copy.deepcopy(model), copy.deepcopy(model)
+    teacher = by_hand(name, model, batch, STEPS)
+    one = callback()
+    fit(tmp_path, Module(name, mine), batch, [one], size=size, accumulate_grad_batches=8 // size)
+    assert one.regularizers.bregman.updates == STEPS
+    assert farthest(weights(mine), weights(model)) < 1e-9
+    assert farthest(averages(one.regularizers.bregman), averages(teacher)) < 1e-9
+    fit(tmp_path, Module(name, without, plain=True), batch, [])
+    assert farthest(weights(without), weights(model)) > 1e-4
+
+
+# (a)
+
+
+def test_weights_of_0_are_the_plain_module(tmp_path: Path) -> None:
+    model = CASES["one label"].model(dropout=0.2)
+    mine, batch = copy.deepcopy(model), batch_of("one label")
+    calls: list[None] = []
+    mine.register_forward_pre_hook(lambda *_: calls.append(None))
+    torch.manual_seed(0)
+    plain = fit(tmp_path, Module("one label", model, plain=True), batch, [])
+    torch.manual_seed(0)
+    found = fit(tmp_path, Module("one label", mine), batch, [callback(smart_lambda=0.0, bregman_mu=0.0)])
+    assert farthest(weights(mine), weights(model)) == 0.0
+    assert len(calls) == STEPS
+    assert found.lightning_module.state_dict().keys() == plain.lightning_module.state_dict().keys()
+
+
+# (d)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    batch = batch_of("one label")
+
+    def run(epochs: int, resume: Path | None = None) -> tuple[Module, SmartCallback, Path]:
+        one = callback(smart_options={**SEARCH, "generator": torch.Generator().manual_seed(3)})
+        saving = ModelCheckpoint(tmp_path, save_last=True, filename=f"{epochs}", every_n_train_steps=4)
+        module = Module("one label", CASES["one label"].model())
+        fit(tmp_path, module, batch, [one, saving], size=4, max_epochs=epochs, ckpt_path=resume)
+        return module, one, tmp_path / f"{epochs}.ckpt"
+
+    _, _, checkpoint = run(2)
+    saved = torch.load(checkpoint)
+    assert int(saved["callbacks"]["SmartCallback"]["bregman.updates"]) == saved["global_step"] == 4
+    assert saved["state_dict"].keys() == Module("one label", CASES["one label"].model()).state_dict().keys()
+    whole, one, _ = run(4)
+    resumed, two, _ = run(4, checkpoint)
+    assert one.regularizers.bregman.updates == two.regularizers.bregman.updates == 8
+    assert farthest(weights(resumed.model), weights(whole.model)) == 0.0
+    assert farthest(averages(two.regularizers.bregman), averages(one.regularizers.bregman)) == 0.0
+
+
+def test_a_checkpoint_without_a_teacher_is_an_error(tmp_path: Path) -> None:
+    batch, module = batch_of("one label"), Module("one label", CASES["one label"].model())
+    trainer = fit(tmp_path, module, batch, [callback(bregman_mu=0.0)])
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="cannot resume: the checkpoint has no teacher"):
+        fit(tmp_path, module, batch, [callback()], ckpt_path=tmp_path / "plain.ckpt")
+
+
+# (e)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_first_proximal_term_is_0_and_all_is_logged(tmp_path: Path, precision: str) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    module = Module("one label", CASES["one label"].model().float())
+    fit(tmp_path, module, batch_of("one label"), [callback(), Watch()], precision=precision, log_every_n_steps=1)
+    first, *others = seen
+    assert first["bregman_penalty"] == 0.0
+    assert len(others) == 2
+    assert all(line["bregman_penalty"] > 1e-6 for line in others)
+    assert all(line["smart_penalty"] > 1e-6 and line["smart_ascent_gain"] > 1 for line in seen)
+
+
+# (f)
+
+
+def test_evaluation_costs_one_pass_and_changes_nothing(tmp_path: Path) -> None:
+    model, batch = CASES["one label"].model(), batch_of("one label")
+    module, one = Module("one label", model), callback()
+    calls: list[bool] = []
+    model.register_forward_pre_hook(lambda inner, _: calls.append(inner.training))
+    trainer = fit(tmp_path, module, batch, [one], validate=True)
+    assert calls.count(False) == STEPS + STEPS  # validation, and the teacher, a copy with the hook
+    before, average, steps = weights(model), averages(one.regularizers.bregman), len(calls)
+    (found,) = trainer.validate(module, DataLoader(Rows(batch), batch_size=8), verbose=False)
+    assert len(calls) == steps + 1
+    with torch.no_grad():
+        assert found["val_loss"] == pytest.approx(CASES["one label"].task(model(**batch), batch).item(), rel=1e-6)
+    assert farthest(weights(model), before) == farthest(averages(one.regularizers.bregman), average) == 0.0
+    outputs, term = smart_loss(Module("one label", model), model, lambda m: m(**batch))  # without a trainer
+    assert term == 0.0
+    assert outputs.logits.shape == (8, 3)
+
+
+# (g)
+
+
+class Overflow(lightning.Callback):
+    """Puts an infinity into the gradients of the second step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if len(self.seen) == 1:
+            next(pl_module.model.parameters()).grad[0] = torch.inf
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        bregman = next(c for c in trainer.callbacks if isinstance(c, SmartCallback)).regularizers.bregman
+        self.seen.append((weights(pl_module.model), averages(bregman)))
+
+
+def test_a_step_that_the_scaler_skips_moves_no_teacher(tmp_path: Path) -> None:
+    class InDouble(MixedPrecision):
+        def autocast_context_manager(self) -> Any:  # the scaler is what matters here
+            return torch.autocast("cpu", enabled=False)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    plugin, one, watch = InDouble("16-mixed", "cpu", scaler), callback(), Overflow()
+    module = Module("one label", CASES["one label"].model())
+    trainer = fit(tmp_path, module, batch_of("one label"), [one, watch], plugins=[plugin])
+    (a, teacher_a), (b, teacher_b), (c, teacher_c) = watch.seen
+    assert farthest(a, b) == farthest(teacher_a, teacher_b) == 0.0
+    assert farthest(b, c) > 1e-3
+    assert farthest(teacher_b, teacher_c) > 1e-3
+    assert trainer.global_step == STEPS  # Lightning counts it all the same
+    assert one.regularizers.bregman.updates == STEPS - 1
+
+
+# (c)
+
+
+@pytest.mark.usefixtures("row_start")
+def test_two_ranks_are_the_loop_by_hand(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "lightning_tools.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    model = CASES["one label"].model()
+    teacher = by_hand("one label", model, batch_of("one label"), STEPS)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert farthest(found["weights"], weights(model)) < 1e-9
+        assert farthest(found["averages"], averages(teacher)) < 1e-9
+
+
+def test_a_step_without_the_callback_is_an_error(tmp_path: Path) -> None:
+    module = Module("one label", CASES["one label"].model())
+    with pytest.raises(RuntimeError, match=r"smart_loss needs one SmartCallback .*, got 0"):
+        fit(tmp_path, module, batch_of("one label"), [])
+    with pytest.raises(ValueError, match="symmetric_kl"):  # a softmax over the one output of a regression
+        fit(tmp_path, Module("regression", CASES["regression"].model()), batch_of("regression"), [callback()])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg._teacher.parameters import listed
 from smartreg._teacher.teacher import Teacher
+from smartreg._typing import typed_as
 from smartreg._wrappers import noting_calls
 from smartreg.divergences import Divergence, name_of, resolve_divergence
 
@@ -145,7 +146,9 @@ class MomentumBregman(nn.Module):
         return self._penalty(forward, outputs, divergence, output_mask)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @typed_as(forward)
+        def __call__(self) -> None: ...
 
     def _penalty(
         self, forward: Forward, outputs: Any, divergence: str | Divergence | None, output_mask: OutputMask

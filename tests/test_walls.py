@@ -19,6 +19,7 @@ SOUND = {
     "_outputs.py": "from smartreg.divergences import kl\n",
     "_wrappers.py": "from torch import nn\n",
     "_loss_scale.py": "from typing_extensions import Self\n",
+    "_typing.py": "",
     "_warnings.py": "",
     "divergences.py": "from smartreg._divergences.formulas import kl\n",
     "_ascent/__init__.py": '"""D."""\n',

@@ -75,7 +75,7 @@ class SmartLoss(nn.Module):
         TypeError, ValueError: An argument is of the wrong kind or out of range; no embedding can be found.
         RuntimeError: `torch.compile(DistributedDataParallel(model))`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from smartreg import SmartLoss

@@ -32,7 +32,7 @@ def token_mask(labels: Tensor, *, shift: bool = False, ignore_index: int = -100)
         TypeError: `labels` is no tensor of integers.
         ValueError: There is no sequence dimension to shift along.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from smartreg import token_mask
         >>> labels = torch.tensor([[-100, 5, 7, -100]])
@@ -75,7 +75,7 @@ def compared_tensors(output: object, output_to_logits: OutputToLogits | None = N
         TypeError: No tensor can be taken from the output, or it is not of a floating-point dtype.
         ValueError: `output_to_logits` returned an empty sequence.
 
-    Example:
+    Examples:
         >>> compared_tensors({"loss": None, "logits": torch.tensor([0.5, -0.5])})
         (tensor([ 0.5000, -0.5000]),)
     """
@@ -109,7 +109,7 @@ def divergence_of(
         ValueError: The divergence returned no scalar, the two passes differ in the number or shapes of tensors, or the
             mask does not fit.
 
-    Example:
+    Examples:
         >>> absolute = lambda a, b: (a - b).abs().mean()
         >>> divergence_of(absolute, (torch.ones(2), torch.ones(3)), (torch.zeros(2), torch.zeros(3)))
         tensor(2.)

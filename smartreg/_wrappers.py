@@ -16,7 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 def innermost(model: nn.Module) -> nn.Module:
     """The user's own module: what stands inside `DistributedDataParallel`, `DataParallel` and `torch.compile`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 2)
         >>> innermost(torch.compile(model, backend="eager")) is model

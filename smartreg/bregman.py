@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg._teacher.parameters import listed
 from smartreg._teacher.teacher import Teacher
+from smartreg._typing import typed_as
 from smartreg._wrappers import noting_calls
 from smartreg.divergences import Divergence, name_of, resolve_divergence
 
@@ -63,7 +64,7 @@ class MomentumBregman(nn.Module):
         ValueError: β is out of range, the divergence unknown, or the teacher does not fit the model.
         RuntimeError: The model cannot be copied.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> bregman = MomentumBregman(model, beta=0.5, divergence="mse")
@@ -145,7 +146,9 @@ class MomentumBregman(nn.Module):
         return self._penalty(forward, outputs, divergence, output_mask)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @typed_as(forward)
+        def __call__(self) -> None: ...
 
     def _penalty(
         self, forward: Forward, outputs: Any, divergence: str | Divergence | None, output_mask: OutputMask
@@ -188,7 +191,7 @@ class MomentumBregman(nn.Module):
         Raises:
             ValueError: Its parameters differ in name or shape; it is as it was.
 
-        Example:
+        Examples:
             >>> import torch
             >>> model, best = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
             >>> MomentumBregman(model).copy_to(best)
@@ -268,7 +271,7 @@ def paper_beta(total_steps: int) -> Callable[[int], float]:
         TypeError: `total_steps` is no int.
         ValueError: `total_steps` is less than 1.
 
-    Example:
+    Examples:
         >>> beta = paper_beta(30)
         >>> [beta(update) for update in (0, 2, 3, 29)]
         [0.99, 0.99, 0.999, 0.999]

@@ -90,7 +90,7 @@ def diagnose(
         TypeError, ValueError: As `SmartLoss`; an ε is not above 0, or there is none.
         RuntimeError: As `SmartLoss`; under `torch.inference_mode`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from smartreg import diagnose
         >>> _ = torch.manual_seed(0)
@@ -178,7 +178,7 @@ def recommended_range(
     above: no more than `FLIP_LIMIT` of the predictions change; where there are none to change, the penalty still grows
     at least linearly with ε (it is quadratic as long as the model is smooth at that scale).
 
-    Example:
+    Examples:
         >>> recommended_range((0.01, 0.1, 1.0), (0.2, 0.99, 1.0), (0.9, 0.02, 0.0), (0.0, 0.05, 0.5), (1, 2, 3), 0.9)
         (0.1, 0.1)
     """

@@ -38,7 +38,7 @@ def symmetric_kl(input: Tensor, target: Tensor, *, mask: Tensor | None = None, r
         TypeError: An argument is not a tensor, or not of a floating dtype.
         ValueError: The shapes differ, C < 2, the mask does not broadcast to (...), or the reduction is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from smartreg import symmetric_kl
         >>> a, b = torch.tensor([[0.5, 0.5], [0.8, 0.2]]).log(), torch.tensor([[0.5, 0.5], [0.2, 0.8]]).log()
@@ -58,7 +58,7 @@ def kl(input: Tensor, target: Tensor, *, mask: Tensor | None = None, reduction: 
 
     Args, Returns, Raises: as `symmetric_kl`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from smartreg.divergences import kl
         >>> kl(torch.tensor([0.8, 0.2]).log(), torch.tensor([0.5, 0.5]).log())
@@ -77,7 +77,7 @@ def jensen_shannon(input: Tensor, target: Tensor, *, mask: Tensor | None = None,
 
     Args, Returns, Raises: as `symmetric_kl`, but finite where a class has logit −inf in one argument only.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from smartreg.divergences import jensen_shannon
         >>> jensen_shannon(torch.tensor([0.8, 0.2]).log(), torch.tensor([0.2, 0.8]).log())
@@ -98,7 +98,7 @@ def hellinger(input: Tensor, target: Tensor, *, mask: Tensor | None = None, redu
 
     Args, Returns, Raises: as `symmetric_kl`, but finite where a class has logit −inf in one argument only.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from smartreg.divergences import hellinger
         >>> hellinger(torch.tensor([0.8, 0.2]).log(), torch.tensor([0.2, 0.8]).log())
@@ -130,7 +130,7 @@ def binary_symmetric_kl(
         TypeError: An argument is not a tensor, or not of a floating dtype.
         ValueError: The shapes differ, the mask does not broadcast to them, or the reduction is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from smartreg import binary_symmetric_kl
         >>> binary_symmetric_kl(torch.tensor([0.0, 2.0]), torch.tensor([0.0, -2.0]), reduction="none")
@@ -149,7 +149,7 @@ def mse(input: Tensor, target: Tensor, *, mask: Tensor | None = None, reduction:
 
     Args, Returns, Raises: as `binary_symmetric_kl`, for values instead of logits.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from smartreg import mse
         >>> mse(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 5.0]), mask=torch.tensor([0, 1]))
@@ -195,7 +195,7 @@ def resolve_divergence(divergence: str | Divergence) -> Divergence:
         ValueError: The name is unknown.
         TypeError: Neither a string nor callable.
 
-    Example:
+    Examples:
         >>> from smartreg.divergences import resolve_divergence
         >>> resolve_divergence("mse").__name__
         'mse'
@@ -217,7 +217,7 @@ def resolve_divergence(divergence: str | Divergence) -> Divergence:
 def kind_of(divergence: Divergence) -> Kind | None:
     """What a divergence of this file compares, also behind `functools.partial`; None for one of the user's own.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from smartreg.divergences import kind_of, mse
         >>> kind_of(partial(mse, reduction="sum"))
@@ -233,7 +233,7 @@ def kind_of(divergence: Divergence) -> Kind | None:
 def name_of(divergence: Divergence) -> str:
     """What to call a divergence when it is printed.
 
-    Example:
+    Examples:
         >>> from smartreg.divergences import mse, name_of
         >>> name_of(mse)
         'mse'
@@ -244,7 +244,7 @@ def name_of(divergence: Divergence) -> str:
 def is_builtin(divergence: Divergence) -> bool:
     """Whether `divergence` is one of this file's, also behind `functools.partial`: its gradient is 0 at equality.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from smartreg.divergences import is_builtin, mse
         >>> is_builtin(partial(mse, reduction="sum")), is_builtin(lambda a, b: (a - b).abs().sum())

@@ -90,7 +90,7 @@ def smoothness_penalty(
         TypeError, ValueError: An argument is of the wrong kind, shape or range.
         RuntimeError: `steps` > 0 under `torch.inference_mode`, or the output does not depend on `embeds`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from smartreg import smoothness_penalty
         >>> pixels = torch.eye(2).reshape(2, 1, 2)

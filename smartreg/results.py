@@ -29,7 +29,7 @@ class SmartStats:
 
     Reads as attributes and as a mapping: `stats.penalty`, `stats["penalty"]`, `dict(stats)`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> stats = SmartStats(*map(torch.tensor, (0.5, 0.25, 0.125, 0, 1.0)))
         >>> dict(stats)["ascent_gain"]

@@ -20,7 +20,7 @@ class SlantedTriangle:
 
     An object with state and not a lambda, so that `LambdaLR.state_dict` saves it.
 
-    Example:
+    Examples:
         >>> triangle = SlantedTriangle(total_steps=20, cut_frac=0.25, ratio=3.0, peak_factor=3.0)
         >>> [triangle(step) for step in (0, 5, 20, 21)]
         [1.0, 3.0, 1.0, 0.0]
@@ -105,7 +105,7 @@ class SlantedTriangularLR(LambdaLR):
         TypeError: An argument is not a number, or `optimizer` is none.
         ValueError: An argument is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
         >>> scheduler = SlantedTriangularLR(optimizer, 8, cut_frac=0.25, ratio=4)

@@ -19,6 +19,7 @@ from smartreg._model.passes import CleanPass, Forward, ModelPasses
 from smartreg._model.replay import worth_remembering
 from smartreg._model.stored_gradients import StoredGradients, graph_mark
 from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, divergence_of
+from smartreg._typing import typed_as
 from smartreg._wrappers import unwrapped
 from smartreg.divergences import Divergence, name_of, resolve_divergence
 from smartreg.results import SmartOutput, SmartStats
@@ -74,7 +75,7 @@ class SmartLoss(nn.Module):
         TypeError, ValueError: An argument is of the wrong kind or out of range; no embedding can be found.
         RuntimeError: `torch.compile(DistributedDataParallel(model))`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from smartreg import SmartLoss
@@ -214,13 +215,9 @@ class SmartLoss(nn.Module):
         resolved = self.divergence if divergence is None else resolve_divergence(divergence)
         if noise is None and not self._warned_no_gradient:
             self._warned_no_gradient = warn_if_nothing_to_follow(self.settings, resolved)
+        shared = self.settings.dropout == "shared"
         passes = ModelPasses(
-            self.model,
-            tap,
-            forward,
-            self.output_to_logits,
-            shared_dropout=self.settings.dropout == "shared",
-            remember_draws=self._remember_draws,
+            self.model, tap, forward, self.output_to_logits, shared_dropout=shared, remember_draws=self._remember_draws
         )
         query = Query(resolved, mask, noise, output_mask)
         adversary = Adversary(self.settings, self.generator, self._loss_scale, self._precision)
@@ -228,7 +225,9 @@ class SmartLoss(nn.Module):
         return run(passes, adversary, query)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @typed_as(forward)
+        def __call__(self) -> None: ...
 
     def extra_repr(self) -> str:
         """What printing shows."""

@@ -14,7 +14,7 @@ from smartreg._ascent.rules import RULES
 from smartreg._ascent.settings import Ascent
 
 PACKAGE = Path(smartreg.__file__).parent
-TEXT = PACKAGE.with_name("CONTRIBUTING.md").read_text("utf-8")
+TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text("utf-8")
 EDIT = re.compile(r"`smartreg/(\S+)`, (before|after|in place of) `([^`]+)`\s*```python\n(.*?)```", re.DOTALL)
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 

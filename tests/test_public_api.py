@@ -117,6 +117,21 @@ def test_types_are_for_others_too() -> None:
     assert files("smartreg").joinpath("py.typed").is_file()
 
 
+def test_importing_it_costs_no_more_than_its_own_files(tmp_path: Path) -> None:
+    """Nothing of torch that `import torch` has left out (its compiler takes longer than torch itself), no framework."""
+    script = """
+import sys
+import torch
+import typing_extensions
+before = set(sys.modules)
+import smartreg
+print(sorted(name for name in set(sys.modules) - before if name.split(".")[0] != "smartreg"))
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
 def test_the_package_imports_torch_and_nothing_else_heavy(tmp_path: Path) -> None:
     script = """
 import sys

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 WINGS = ("_ascent", "_model", "_teacher", "_divergences")
 FORMULAS = ("_divergences",)
-SUPPORT = ("_loss_scale", "_outputs", "_warnings", "_wrappers", "divergences")
+SUPPORT = ("_loss_scale", "_outputs", "_typing", "_warnings", "_wrappers", "divergences")
 MECHANISMS = ("_ascent", "_model", "_teacher")
 PUBLIC = ("bregman", "diagnosis", "functional", "results", "schedule", "smart")
 ROOT = ("__init__",)

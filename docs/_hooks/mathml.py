@@ -17,4 +17,7 @@ def on_page_content(page_html: str, **_: Any) -> str:
 def _mathml(match: re.Match[str]) -> str:
     tag, bracket, tex = match.groups()
     display = "block" if bracket == "[" else "inline"
-    return f"<{tag}>{convert(html.unescape(tex), display=display)}</{tag}>"
+    mathml = convert(html.unescape(tex), display=display)
+    if unknown := re.search(r"\\[a-zA-Z]+", mathml):
+        raise ValueError(f"latex2mathml does not know {unknown[0]}, in {tex}: write it in another way")
+    return f'<{tag} class="equation">{mathml}</{tag}>'

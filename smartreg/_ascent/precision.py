@@ -82,7 +82,7 @@ class PrecisionCheck:
 def resolution(device: torch.device, dtypes: Sequence[torch.dtype | None]) -> float:
     """The coarsest machine epsilon of these dtypes; TensorFloat-32 has the significand of float16.
 
-    Example:
+    Examples:
         >>> import torch
         >>> resolution(torch.device("cpu"), [torch.bfloat16, torch.float32])
         0.0078125
@@ -136,7 +136,7 @@ def agreement(objective: Objective, balls: Sequence[Ball], perturbations: Sequen
 def cosine_from(agreement: float) -> float:
     """The cosine of the ascent direction with the exact one that an agreement c stands for.
 
-    Example:
+    Examples:
         >>> round(cosine_from(0.715), 3), cosine_from(-1.0), cosine_from(1.0)
         (0.9, 0.0, 1.0)
     """

@@ -16,7 +16,7 @@ def average_dtype(dtype: torch.dtype) -> torch.dtype:
 
     In bfloat16 an average with β = 0.99 never moves: 1 % of a difference is below the distance of two such numbers.
 
-    Example:
+    Examples:
         >>> average_dtype(torch.bfloat16), average_dtype(torch.float64)
         (torch.float32, torch.float64)
     """
@@ -35,7 +35,7 @@ def move_averages(averages: list[Tensor], values: list[Tensor], beta: float) -> 
         values: Tensors v of the same shapes, on that device, of one dtype, which may be narrower.
         beta: β in [0, 1).
 
-    Example:
+    Examples:
         >>> average = torch.tensor([0.0, 1.0])
         >>> move_averages([average], [torch.tensor([1.0, 1.0])], beta=0.75)
         >>> average

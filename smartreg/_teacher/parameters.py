@@ -24,7 +24,7 @@ class Layout:
         modules: From name to module; of a wrapper and what it wraps, the latter.
         parameters: From name to parameter.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh())
         >>> model[0] = torch.compile(model[0], backend="eager")
@@ -102,7 +102,7 @@ def pair(model: Layout, teacher: Layout) -> dict[str, Pair]:
 def differences(model: Layout, teacher: Layout) -> str:
     """What keeps two layouts from being paired, in words; empty if nothing does.
 
-    Example:
+    Examples:
         >>> import torch
         >>> differences(Layout(torch.nn.Linear(2, 2, bias=False)), Layout(torch.nn.Linear(2, 3)))
         'only in the teacher: bias; of another shape: weight is (2, 2) in the model, (3, 2) in the teacher'

@@ -23,17 +23,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
 
 
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a module of the benchmarks, for this test alone."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in sys.modules.keys() - before:
-        if name.split(".")[0] in ("cost", "_cost"):
-            del sys.modules[name]
-
-
 def test_the_command_runs_and_writes_every_form(tmp_path: Path) -> None:
     done = run("--quick", "--rounds", "1", "--threads", "1", "--sections", "divergences", "--output-dir", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from .cases.variants import ALL
 from .claims import claims
+from .figure import FOLLOWED, draw
 from .tables import TABLES
 
-COLOURS = dict(zip(ALL, ("#666666", "#d95f02", "#1b9e77", "#7570b3"), strict=True))
-FOLLOWED = ("batch", "length", "steps")
 CLAIMS = ("claim", "bound", "measured", "holds")
 
 
@@ -36,7 +34,7 @@ def write(folder: Path, results: Mapping[str, Any]) -> list[Path]:
     paths[1].write_text(_markdown(results), encoding="utf-8")
     if any(row["axis"] in FOLLOWED for row in results.get("grid", [])):
         paths.append(folder / "cost.png")
-        _plot(results["grid"], paths[-1])
+        draw(results["grid"]).savefig(paths[-1], dpi=110)
     return paths
 
 
@@ -67,35 +65,3 @@ def _markdown(results: Mapping[str, Any]) -> str:
         lines = [headings, ["---"] * len(headings), *cells]
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
     return "\n".join(parts)
-
-
-def _plot(grid: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Time and memory, as multiples of the plain step, along batch, length and steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    axes = [axis for axis in FOLLOWED if any(row["axis"] == axis for row in grid)]
-    figure, panels = plt.subplots(2, len(axes), figsize=(3.4 * len(axes), 5.2), sharey="row", squeeze=False)
-    for column, axis in enumerate(axes):
-        for line, (key, label) in enumerate((("times", "time"), ("times_bytes", "peak memory"))):
-            panel = panels[line][column]
-            for name in ALL:
-                rows = [row for row in grid if row["axis"] == axis and row["variant"] == name]
-                panel.plot([r[axis] for r in rows], [r[key] for r in rows], "o-", color=COLOURS[name], label=name)
-            panel.set_xlabel(axis if axis != "steps" else "ascent steps")
-            panel.set_ylim(bottom=0)
-            panel.grid(alpha=0.3)
-            if column == 0:
-                panel.set_ylabel(f"{label}, × plain")
-            if axis != "steps":
-                panel.set_xscale("log", base=2)
-            panel.set_xticks([row[axis] for row in grid if row["axis"] == axis and row["variant"] == ALL[0]])
-            panel.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
-    figure.legend(
-        *panels[0][0].get_legend_handles_labels(), loc="upper center", ncols=len(ALL), frameon=False, fontsize=8
-    )
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

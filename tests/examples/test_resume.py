@@ -14,8 +14,9 @@ import torch
 from example_tools import ROOT, SAMPLE, command, run_options, tiny_encoder
 from safetensors.torch import load_file
 
-from minbert.checkpoint import UNFINISHED, latest
+from minbert.checkpoint import latest
 from minbert.cli import main
+from minbert.files import UNFINISHED
 
 # Runs the example, but sends itself SIGKILL at a chosen moment, so that "in the middle of saving" is where it says.
 KILLED = """
@@ -43,7 +44,7 @@ if moment == "step":
 elif moment == "writing":
     die_after(checkpoint, "save_file", calls, half_a_file)
 elif moment == "renamed":
-    die_after(checkpoint.shutil, "rmtree", calls)
+    die_after(checkpoint, "_remove", calls)
 cli.main(sys.argv[3:])
 """
 FLAGS = ["--tasks", "sst,sts", "--train-limit", "24", "--dev-limit", "10", "--batch-size", "8"]
@@ -170,7 +171,7 @@ def test_resuming_notices_other_data(
     data = Path(shutil.copytree(SAMPLE, tmp_path / "data"))
     arguments = ["--output-dir", str(tmp_path / "run"), "--data-dir", str(data)]
     with monkeypatch.context() as patch:
-        patch.setattr("minbert.cli.finish", lambda *_: None)
+        patch.setattr("minbert.run.finish", lambda *_: None)
         assert main(["--encoder", str(encoder), *arguments, *FLAGS]) == 0
     lines = (data / "ids-sst-train.csv").read_text().replace(" film", " picture")
     (data / "ids-sst-train.csv").write_text(lines)

@@ -11,7 +11,9 @@ tasks.py        the four tasks, their losses and metrics
 data.py         reading the files; `batching.py` makes tensors of them
 evaluate.py     metrics and predictions of a split
 report.py       what a run prints, `metrics.json`, the figure
-checkpoint.py   the folder of a run, and how it survives being killed
+run_folder.py   the folder of a run: who may work in it, what is in it
+checkpoint.py   how a run survives being killed
+files.py        reading the files of others, writing its own
 distributed.py  devices and processes
 study/          configurations compared over seeds
 """
@@ -22,3 +24,11 @@ class InputError(Exception):
 
     The command line prints it without a traceback and exits with code 2. Anything else that escapes is a bug.
     """
+
+
+class OutputError(Exception):
+    """A file cannot be written: the disk is full, or may not be written to. One line, exit code 3."""
+
+
+class Diverged(Exception):
+    """The loss is no number any more. One line that says at which step and what to do, exit code 4."""

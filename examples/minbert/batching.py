@@ -5,7 +5,6 @@ so a resumed run rebuilds it and skips to its position, and every process of a d
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,11 @@ from torch import Tensor
 
 from . import InputError
 from .data import Split
+from .files import parsing, read_bytes, read_json
 from .tasks import Task
 
+LIMIT = 64 << 20
+"""Bytes of the largest tokenizer file that is read."""
 POOL = 32
 """Steps' worth of rows that are sorted by length together: enough to save padding, few enough to stay random."""
 
@@ -35,7 +37,7 @@ class SentenceTokenizer:
     """
 
     def __init__(self, folder: Path, max_length: int) -> None:
-        self.tokenizer = _read(folder)
+        self.folder, self.tokenizer = folder, _read(folder)
         # The embedded checkpoint's file pads everything to 128 tokens; batches here are padded dynamically.
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_length)
@@ -43,28 +45,29 @@ class SentenceTokenizer:
 
     def __call__(self, sentences: Sequence[str]) -> list[list[int]]:
         """Token ids of each sentence."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(sentences))]
+        with parsing(self.folder, "tokenizer"):  # one without [UNK] is found out by the first unknown word
+            return [encoding.ids for encoding in self.tokenizer.encode_batch(list(sentences))]
 
-    def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json`, from which the same tokenizer can be built again."""
-        self.tokenizer.save(str(folder / "tokenizer.json"))
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`, from which the same tokenizer can be built again."""
+        return str(self.tokenizer.to_str(pretty=True))
 
 
 def _read(folder: Path) -> Tokenizer:
     file, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
-    if not file.is_file() and not vocabulary.is_file():
+    if not file.exists() and not vocabulary.exists():
         raise InputError(f"{file}: no such file, and no vocab.txt beside it; the checkpoint has no tokenizer")
-    try:
-        if file.is_file():
-            return Tokenizer.from_file(str(file))
-        return BertWordPieceTokenizer(str(vocabulary), lowercase=_lowercase(folder))._tokenizer
-    except Exception as error:  # the tokenizers library raises bare Exception for a file that it cannot parse
-        raise InputError(f"{folder}: unreadable tokenizer ({error})") from None
+    with parsing(folder, "tokenizer"):
+        if file.exists():
+            return Tokenizer.from_buffer(read_bytes(file, LIMIT))
+        words = read_bytes(vocabulary, LIMIT).decode("utf-8").split("\n")
+        ids = {word.rstrip(): i for i, word in enumerate(words[:-1] if words[-1] == "" else words)}
+        return BertWordPieceTokenizer(ids, lowercase=_lowercase(folder))._tokenizer
 
 
 def _lowercase(folder: Path) -> bool:
     file = folder / "tokenizer_config.json"
-    return bool(json.loads(file.read_text(encoding="utf-8")).get("do_lower_case", True)) if file.is_file() else True
+    return bool(read_json(file).get("do_lower_case", True)) if file.exists() else True
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,17 @@ class TokenSet:
     def lengths(self) -> list[int]:
         """Tokens of each row's longest sentence."""
         return [max(map(len, row)) for row in self.tokens]
+
+    def require_embeddings(self, count: int) -> None:
+        """Raises InputError where a sentence has no token, or one beyond the encoder's vocabulary."""
+        for row, sentences in zip(self.ids, self.tokens, strict=True):
+            for tokens in sentences:
+                if not tokens or max(tokens) >= count:
+                    what = f"token {max(tokens)} of {count} that the encoder has" if tokens else "no token at all"
+                    raise InputError(
+                        f"tokenizer: makes {what} of task {self.task.name}, id {row}; "
+                        f"its files are not those of the encoder, or its post-processor adds no [CLS] and [SEP]"
+                    )
 
 
 def tokenize(split: Split, tokenizer: SentenceTokenizer) -> TokenSet:

@@ -14,6 +14,16 @@ from torch.utils.checkpoint import checkpoint
 from . import InputError
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "tanh")
+LARGEST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 16,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 1 << 16,
+    "intermediate_size": 1 << 20,
+    "max_position_embeddings": 1 << 20,
+    "type_vocab_size": 1 << 16,
+}
+"""Far beyond any BERT. What is larger still is a mistake, and would take minutes and the memory of the machine."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +49,20 @@ class BertConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        for name, most in LARGEST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
+            if value > most:
+                raise InputError(f"{name}: expected an integer of at most {most}, got {value!r}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise InputError(f"{name}: expected a number from 0 to 1, got {value!r}")
+        if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size:
+            raise InputError(
+                f"pad_token_id: expected an integer from 0 to {self.vocab_size - 1}, got {self.pad_token_id!r}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size: expected a multiple of num_attention_heads ({self.num_attention_heads}), "

@@ -1,168 +1,180 @@
-"""The folder of a run, and its checkpoints, which are either complete or not there.
+"""Checkpoints: complete or not there, and known to be what was written.
 
-settings.json      the settings, resolved
-encoder/           config.json and tokenizer.json: with the checkpoint, all that evaluation needs
-checkpoints/       the last complete checkpoint, `step-00000120` for instance
-metrics.jsonl      a line an epoch
-metrics.json       written last: a run that has it is complete
-predictions/       CSV files in the course's submission format
-figures/           training curves
-
-A checkpoint is a folder with `model.safetensors`, `state.safetensors` and `state.json`; there is no pickle in it. It is
-written under another name, flushed to the disk, and renamed at the end; a process killed at any moment leaves either
-the checkpoint before or the new one.
+A checkpoint is a folder with `model.safetensors`, `state.safetensors`, `state.json` and, written last, `manifest.json`
+with the size and SHA-256 of the others; there is no pickle in it. It is written under another name, flushed to the
+disk, and renamed at the end; a process killed at any moment leaves either the checkpoint before or the new one. The
+one before is kept, for the case that the last one turns out to be damaged. Nothing else in `checkpoints/` is touched.
 """
 
 import json
 import os
-import shutil
-import time
-from dataclasses import replace
+import re
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from . import InputError
-from .batching import SentenceTokenizer
-from .bert import BertConfig
-from .settings import TABLE, Settings, flag
+from . import InputError, OutputError, files
+from .files import UNFINISHED
 
-UNFINISHED = ".unfinished"
-
-
-def default_name(settings: Settings) -> str:
-    """A new folder under `runs/`: configuration, option and the time, so that no run meets another."""
-    name = f"{settings.config}-{settings.option}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, count = Path("runs") / name, 1
-    while folder.exists():
-        count += 1
-        folder = Path("runs") / f"{name}-{count}"
-    return str(folder)
-
-
-def refuse_occupied(folder: Path) -> None:
-    """Raises InputError unless the folder is empty or not there."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output-dir {folder}: is a file; name a folder")
-    if (folder / "settings.json").exists():
-        raise InputError(f"--output-dir {folder}: holds another run; go on with --resume, or name another folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"--output-dir {folder}: is not empty; name another folder")
-
-
-def prepare(folder: Path, settings: Settings, config: BertConfig, tokenizer: SentenceTokenizer) -> None:
-    """Makes a new run's folder; `settings.json` comes last, so that a half-made folder is no run."""
-    (folder / "encoder").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "encoder" / "config.json", config.to_dict())
-    tokenizer.save(folder / "encoder")
-    write_json(folder / "settings.json", settings.to_dict())
-
-
-def saved_settings(folder: Path, given_as: str) -> Settings:
-    """The settings of a run, whose folder was given as this flag.
-
-    Raises:
-        InputError: the folder is no run.
-    """
-    file = folder / "settings.json"
-    if not folder.is_dir():
-        raise InputError(f"{given_as} {folder}: no such folder")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("expected an object")
-        return Settings.from_dict(values)
-    except FileNotFoundError:
-        raise InputError(f"{given_as} {folder}: is not a run: no settings.json in it") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{file}: unreadable ({error})") from None
-
-
-def settings_to_resume(folder: Path, given: dict[str, Any], resolved: Settings) -> Settings:
-    """The settings to go on with: the run's own, save for what may change; the flags given must not contradict it."""
-    if not (folder / "settings.json").exists():
-        refuse_occupied(folder)
-        return resolved
-    saved = saved_settings(folder, "--output-dir")
-    free = {name: value for name, value in given.items() if TABLE[name].free_on_resume}
-    for name, value in given.items():
-        if name not in free and getattr(saved, name) != value:
-            raise InputError(
-                f"--resume {folder}: {flag(name)} is {getattr(saved, name)!r} in the run, {value!r} here; "
-                f"a run goes on with the settings that it began with"
-            )
-    return replace(saved, **{**free, "device": resolved.device})
-
-
-def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
-    """Writes `metrics.jsonl` anew: a resumed run must not keep the lines of epochs that it repeats."""
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in history))
+CONTENT = ("model.safetensors", "state.safetensors", "state.json")
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{8,})")
+KEPT = 2
 
 
 def save(folder: Path, step: int, model: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Writes the checkpoint of a step and then removes those before it.
+    """Writes the checkpoint of a step and then removes those before the last two.
 
     Args:
         folder: the run's folder.
         step: optimizer steps done.
         model: the model's state dict.
         state: everything else that a resumed run needs; tensors and plain values, nested.
+
+    Raises:
+        OutputError: it cannot be written; the checkpoints that were there still are.
     """
     final = folder / "checkpoints" / f"step-{step:08d}"
     unfinished = final.with_name(final.name + UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     plain = pack(state, tensors)
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.items()}, unfinished / "model.safetensors")
-    save_file(tensors, unfinished / "state.safetensors")
-    (unfinished / "state.json").write_text(json.dumps(plain), encoding="utf-8")
-    for file in unfinished.iterdir():
-        _flush(file)
-    if final.exists():  # saved at this very step already, at the end of an epoch for instance
-        shutil.rmtree(unfinished)
-        return
-    os.replace(unfinished, final)
-    _flush(final.parent)
-    for old in final.parent.iterdir():
-        if old != final:
-            shutil.rmtree(old)
+    tidy(folder, KEPT)  # what a killed process left may take the room that is needed
+    try:
+        with files.writing(final):
+            unfinished.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.detach().cpu().contiguous() for k, v in model.items()}, unfinished / CONTENT[0])
+            save_file(tensors, unfinished / CONTENT[1])
+            (unfinished / CONTENT[2]).write_text(json.dumps(plain), encoding="utf-8")
+            for name in CONTENT:
+                files.flush(unfinished / name)
+            files.write_json(unfinished / MANIFEST, {"files": {name: _look(unfinished / name) for name in CONTENT}})
+            files.flush(unfinished)
+            os.replace(unfinished, final)
+            files.flush(final.parent)
+    except OutputError:
+        _remove(unfinished)
+        raise
+    tidy(folder, KEPT)
+
+
+def found(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, the last one first."""
+    steps = {int(match[1]): path for path in _children(folder) if (match := NAME.fullmatch(path.name))}
+    return [
+        steps[step] for step in sorted(steps, reverse=True) if any((steps[step] / name).exists() for name in CONTENT)
+    ]
 
 
 def latest(folder: Path) -> Path | None:
     """The last complete checkpoint of a run, or None."""
-    found = [path for path in (folder / "checkpoints").glob("step-*") if not path.name.endswith(UNFINISHED)]
-    return max(found, default=None)
+    return next(iter(found(folder)), None)
+
+
+def tidy(folder: Path, keep: int) -> None:
+    """Removes all checkpoints but the last ones, and those that were never finished."""
+    for path in found(folder)[keep:]:
+        with suppress(OSError):  # under another name first: a kill must not leave half of a complete one
+            os.replace(path, path.with_name(path.name + UNFINISHED))
+    for path in _children(folder):
+        if NAME.fullmatch(path.name.removesuffix(UNFINISHED)) and path.name.endswith(UNFINISHED):
+            _remove(path)
+
+
+def last_sound(folder: Path) -> Path | None:
+    """The last checkpoint that is what was written, or None if there is none at all; those after it are set aside.
+
+    Raises:
+        InputError: all are damaged.
+    """
+    for path in found(folder):
+        try:
+            verify(path)
+            return path
+        except InputError as error:
+            damage = error
+        if path == found(folder)[-1]:
+            raise InputError(f"{damage}; there is no checkpoint before it: start again in another folder") from None
+        aside = path.with_name(f"{path.name}.damaged")
+        with files.writing(aside):
+            os.replace(path, aside)
+        print(f"note: {damage}; it is set aside as {aside.name}, the one before it is used", file=sys.stderr)
+    return None
 
 
 def last_checkpoint(folder: Path, given_as: str) -> Path:
     """The last complete checkpoint of a run, whose folder was given as this flag.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is damaged; an earlier one is not what the run's name stands for.
     """
-    found = latest(folder)
-    if found is None:
+    path = latest(folder)
+    if path is None:
         raise InputError(f"{given_as} {folder}: the run has no checkpoint yet")
-    return found
+    verify(path)
+    return path
 
 
-def load_model(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's state dict."""
-    return _load(checkpoint / "model.safetensors")
+def verify(checkpoint: Path) -> None:
+    """Raises InputError unless all files are what was written; checkpoints of before have no manifest to tell by."""
+    if not (checkpoint / MANIFEST).exists():
+        for name in CONTENT:
+            files.require_file(checkpoint / name)
+        return
+    listed = files.read_json(checkpoint / MANIFEST).get("files")
+    for name in CONTENT:
+        files.require_file(checkpoint / name)
+        if not isinstance(listed, dict) or listed.get(name) != _look(checkpoint / name):
+            raise InputError(f"{checkpoint / name}: is damaged: size or SHA-256 is not the one in {MANIFEST}")
+
+
+def load_model(checkpoint: Path, expected: files.Shapes, *, others_too: bool = False) -> dict[str, Tensor]:
+    """The model's state dict.
+
+    Args:
+        checkpoint: the folder.
+        expected: the shapes of the model that it is for.
+        others_too: whether there may be more tensors in it, which are left out.
+
+    Raises:
+        InputError: it is that of another model, or holds no numbers.
+    """
+    file = checkpoint / CONTENT[0]
+    shapes = files.tensor_shapes(file)
+    if others_too:
+        shapes = {key: shape for key, shape in shapes.items() if key in expected}
+    files.require_shapes(shapes, expected, file)
+    weights = {key: value for key, value in files.read_tensors(file).items() if key in expected}
+    files.require_finite(weights, file)
+    return weights
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """What `save` was given as state."""
-    try:
-        plain = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{checkpoint / 'state.json'}: unreadable ({error})") from None
-    state: dict[str, Any] = unpack(plain, _load(checkpoint / "state.safetensors"))
-    return state
+    tensors = files.read_tensors(checkpoint / CONTENT[1])
+    plain = files.read_json(checkpoint / CONTENT[2])
+    with files.parsing(checkpoint / CONTENT[2], "state of a run"):
+        return dict(unpack(plain, tensors))
+
+
+def _look(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
+
+
+def _children(folder: Path) -> list[Path]:
+    place = folder / "checkpoints"
+    return [path for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes away what `save` made; a folder in which somebody put something else stays, with that in it."""
+    with suppress(OSError):
+        for name in (*CONTENT, MANIFEST, MANIFEST + UNFINISHED):
+            (checkpoint / name).unlink(missing_ok=True)
+        checkpoint.rmdir()
 
 
 def pack(value: Any, tensors: dict[str, Tensor], path: str = "root") -> Any:
@@ -204,37 +216,3 @@ def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {unpack(k, tensors): unpack(v, tensors) for k, v in content}
     items = [unpack(v, tensors) for v in content]
     return items if kind == "list" else tuple(items)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one go."""
-    unfinished = path.with_name(path.name + UNFINISHED)
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file in one go; NaN is refused, since JSON has none."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: not a readable safetensors file ({error})") from None
-    return tensors
-
-
-def _flush(path: Path) -> None:
-    """Makes sure that a file's content, or a folder's list of names, is on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders, and needs no such flush
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

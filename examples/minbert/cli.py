@@ -1,28 +1,19 @@
 """`examples/minbert_multitask.py`: from the command line to a finished run."""
 
 import argparse
-import os
+import io
 import sys
-import time
 import typing
+from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-from rich.console import Console
-
-from . import InputError, checkpoint, distributed
-from .batching import SentenceTokenizer, TokenSet, tokenize
-from .data import SAMPLE, Split, read_split, split_file
+from . import Diverged, InputError, OutputError, distributed
 from .evaluate import evaluate_run
-from .model import MultitaskModel, build_model, encoder_config
-from .optimizer import schedule_note
-from .pretrained import resolve_encoder
-from .report import finish, print_data, print_header
-from .settings import TABLE, Settings, flag, resolve
-from .tasks import TASKS
-from .train import Stopped, Trainer
+from .files import one_line
+from .run import train_run
+from .settings import TABLE, Settings, flag
+from .train import Stopped
 
 EPILOG = """\
 examples:
@@ -74,129 +65,35 @@ def build_parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0, 2 for wrong input, 143 when stopped by SIGTERM."""
-    try:
+    """Runs the command line and returns the exit code (see `exit_code`)."""
+
+    def work() -> int:
         given = vars(build_parser().parse_args(arguments))
-        if "evaluate" in given:
-            return evaluate_run(given)
-        return train_run(given)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        return evaluate_run(given) if "evaluate" in given else train_run(given)
+
+    return exit_code(work, "--resume goes on from the last checkpoint")
+
+
+def exit_code(work: Callable[[], int], after_interrupt: str) -> int:
+    """Does some work and returns its exit code.
+
+    0: done; 2: what was given cannot be used; 3: a file cannot be written; 4: the loss is no number any more;
+    130: Ctrl-C; 143: SIGTERM, after saving. All but 0 come with one line on stderr.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no valid Unicode
+    try:
+        return work()
+    except (InputError, OutputError, Diverged) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return {InputError: 2, OutputError: 3, Diverged: 4}[type(error)]
+    except OSError as error:  # a name too long, a folder without permission
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except Stopped:
         return 143
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(f"interrupted; {after_interrupt}", file=sys.stderr)
         return 130
     finally:
         distributed.leave()
-
-
-def train_run(given: dict[str, Any]) -> int:
-    """Trains, or resumes, a run."""
-    if "split" in given:
-        raise InputError("--split: goes with --evaluate only")
-    folder_given, resume = given.pop("output_dir", None), given.pop("resume", False)
-    settings = resolve(given)
-    if resume and folder_given is None:
-        raise InputError("--resume: name the run to go on with, as --output-dir")
-    place = distributed.join(settings.device)
-    console = Console(file=sys.stdout if place.first else open(os.devnull, "w"), soft_wrap=False)  # noqa: SIM115
-    folder = Path(distributed.agree_on(place, folder_given or checkpoint.default_name(settings)))
-    if resume:
-        settings = checkpoint.settings_to_resume(folder, given, settings)
-        if (folder / "metrics.json").exists():
-            console.print(f"{folder} is complete already; nothing to resume", highlight=False)
-            return 0
-    elif place.first:
-        checkpoint.refuse_occupied(folder)
-    distributed.barrier(place)
-    started = time.perf_counter()
-
-    saved = checkpoint.latest(folder) if resume else None
-    source = folder / "encoder" if saved else encoder_source(settings)
-    config = encoder_config(source, settings)
-    tokenizer = SentenceTokenizer(source, settings.max_length)
-    data_dir = Path(settings.data_dir) if settings.data_dir is not None else SAMPLE
-    files, sets = read_data(data_dir, settings, tokenizer)
-
-    torch.manual_seed(settings.seed)
-    fresh_from_run = settings.init_from is not None
-    model = build_model(settings, config, None if saved or fresh_from_run else source)
-    if saved:
-        model.load_state_dict(checkpoint.load_model(saved))
-    elif settings.init_from is not None:
-        take_weights(model, settings, Path(settings.init_from))
-    model.to(place.device, getattr(torch, settings.dtype))
-
-    print_header(console, settings, place, settings.encoder or settings.init_from or "", folder)
-    print_data(console, files, sets["train"], settings.max_length)
-    trainer = Trainer(settings, place, model, sets["train"], sets["dev"], folder)
-    if note := schedule_note(settings.lr_schedule, trainer.total_steps):
-        console.print(f"[yellow]note[/] {note}", highlight=False)
-    if saved:
-        trainer.restore(saved)
-        console.print(f"resuming after step {trainer.step} of {trainer.total_steps}", highlight=False)
-    else:
-        if resume:
-            console.print(f"nothing saved yet in {folder}; starting from the beginning", highlight=False)
-        if place.first:
-            checkpoint.prepare(folder, settings, config, tokenizer)
-    try:
-        trainer.run()
-    except Stopped:
-        if place.first:
-            message = f"stopped by SIGTERM after step {trainer.step} of {trainer.total_steps}; saved in {folder}, "
-            print(message + "--resume goes on from there", file=sys.stderr)
-        raise
-    finish(trainer, sets, time.perf_counter() - started, console)
-    return 0
-
-
-def read_data(
-    folder: Path, settings: Settings, tokenizer: SentenceTokenizer
-) -> tuple[dict[str, list[Split]], dict[str, dict[str, TokenSet]]]:
-    """Reads and tokenizes train, dev and, where it is there, test.
-
-    Returns:
-        The files by task, and the token sets by split and task.
-    """
-    files: dict[str, list[Split]] = {}
-    sets: dict[str, dict[str, TokenSet]] = {"train": {}, "dev": {}, "test": {}}
-    for name in settings.tasks:
-        task = TASKS[name]
-        limits = {"train": settings.train_limit, "dev": settings.dev_limit}
-        splits = {split: read_split(folder, task, split, limit) for split, limit in limits.items()}
-        if split_file(folder, task, "test") is not None:
-            splits["test"] = read_split(folder, task, "test")
-        files[name] = list(splits.values())
-        for split, content in splits.items():
-            sets[split][name] = tokenize(content, tokenizer)
-    return files, sets
-
-
-def encoder_source(settings: Settings) -> Path:
-    """The folder that the encoder's configuration, weights and tokenizer come from."""
-    if settings.init_from is not None:
-        checkpoint.saved_settings(Path(settings.init_from), "--init-from")
-        return Path(settings.init_from) / "encoder"
-    return resolve_encoder(settings.encoder)
-
-
-def take_weights(model: MultitaskModel, settings: Settings, run: Path) -> None:
-    """Fills in the weights of another run.
-
-    Raises:
-        InputError: that run's model is another.
-    """
-    other = checkpoint.saved_settings(run, "--init-from")
-    for name in ("pooling", "head_layers", "head_activation"):
-        if getattr(other, name) != getattr(settings, name):
-            raise InputError(
-                f"--init-from {run}: its {name} is {getattr(other, name)!r}, here it is {getattr(settings, name)!r}"
-            )
-    missing = [task for task in settings.tasks if task not in other.tasks]
-    if missing:
-        raise InputError(f"--init-from {run}: that run has no head for {', '.join(missing)}")
-    weights = checkpoint.load_model(checkpoint.last_checkpoint(run, "--init-from"))
-    model.load_state_dict({key: weights[key] for key in model.state_dict()})

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import InputError
+from .files import TEXT_LIMIT, read_bytes
 from .tasks import Task
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -82,14 +83,18 @@ def read_split(folder: Path, task: Task, split: str, limit: int | None = None) -
 def read_file(file: Path, task: Task) -> Split:
     """Reads one file; see `read_split`.
 
-    A row without all its fields, or with an empty sentence or label, is skipped and noted. A label that is there but
+    A row without all its fields, or with an empty sentence or label, is skipped and noted; so is the last one of a file
+    that does not end with a line break, since a label that is cut off may still be a number. A label that is there but
     no label of this task (7 stars, "nan") is an error at once: the file then holds something else than it should.
     """
     examples: list[Example] = []
     skipped: list[str] = []
     lost_lines = 0
     rows = _rows(file)
-    _, header = next(rows, (1, []))
+    _, header, _ = next(rows, (1, [], True))
+    twice = [name for name in ("id", *task.columns, task.label) if header.count(name) > 1]
+    if twice:
+        raise InputError(f"{file}:1: expected one column of each name, got {header.count(twice[0])} named {twice[0]!r}")
     missing = [name for name in ("id", *task.columns) if name not in header]
     if missing:
         raise InputError(
@@ -101,12 +106,24 @@ def read_file(file: Path, task: Task) -> Split:
     places = [header.index(name) for name in wanted]
 
     line = 1
-    for last_line, row in rows:
+    blank: list[int] = []
+    for last_line, row, ended in rows:
         first, line = line + 1, last_line
+        if not any(value.strip() for value in row):
+            blank.append(first)
+            continue
+        # Blank lines are lost rows where rows follow, and the end of the file where none do.
+        skipped += [f"{file}:{number}: the line is empty" for number in blank]
+        lost_lines += len(blank)
+        blank.clear()
         reason = _unusable(row, places, wanted, len(header))
         if reason:
             skipped.append(f"{file}:{first}: {reason}")
             lost_lines += last_line - first + 1
+            continue
+        if labelled and not ended:
+            hint = "its label may be cut off; if the line is whole, end it with a line break"
+            skipped.append(f"{file}:{first}: the file ends in the middle of this line and {hint}")
             continue
         values = [row[place].strip() for place in places]
         label = None
@@ -117,31 +134,32 @@ def read_file(file: Path, task: Task) -> Split:
                 raise InputError(f"{file}:{first}: {error}") from None
         examples.append(Example(values[0], tuple(values[1 : 1 + len(task.columns)]), label))
 
-    if lost_lines > MAX_UNUSABLE * max(1, line - 1):
+    count = line - 1 - len(blank)
+    if lost_lines > MAX_UNUSABLE * max(1, count):
         raise InputError(
-            f"{skipped[0]}; {lost_lines} of {line - 1} lines cannot be used, more than {MAX_UNUSABLE:.0%} of the file"
+            f"{skipped[0]}; {lost_lines} of {count} lines cannot be used, more than {MAX_UNUSABLE:.0%} of the file"
         )
     if not examples:
         raise InputError(f"{file}: no rows after the header")
     return Split(task, file, examples, skipped)
 
 
-def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Each row with the number of its last line."""
+def _rows(file: Path) -> Iterator[tuple[int, list[str], bool]]:
+    """Each row with the number of its last line, and whether that has an end."""
+    content = read_bytes(file, TEXT_LIMIT)
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + 1
         raise InputError(f"{file}:{line}: not valid UTF-8 (byte {error.start})") from None
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
     if not text.strip():
         raise InputError(f"{file}: the file is empty")
     csv.field_size_limit(max(1 << 17, len(text) + 1))
     reader = csv.reader(_lines(text), delimiter="\t")
+    unended = None if text.endswith("\n") else text.count("\n") + 1
     try:
         for row in reader:
-            yield reader.line_num, row
+            yield reader.line_num, row, reader.line_num != unended
     except csv.Error as error:
         raise InputError(f"{file}:{reader.line_num}: {error}") from None
 
@@ -161,6 +179,8 @@ def _unusable(row: list[str], places: list[int], wanted: list[str], width: int) 
         return f"expected {width} fields, got {len(row)}"
     if any("\t" in value and "\n" in value for value in row):
         return "a quote that is never closed swallows the lines after it"
+    if "\n" in row[places[0]].strip():
+        return "id holds a line break"  # the files of predictions have a line for each
     for place, name in zip(places, wanted, strict=True):
         if not row[place].strip():
             return f"{name} is empty"

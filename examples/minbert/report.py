@@ -7,13 +7,15 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from . import checkpoint
 from .batching import TokenSet
-from .checkpoint import write_json
 from .data import Split
 from .distributed import Place
 from .evaluate import write_predictions
+from .files import one_line, replacing, write_json
 from .settings import CONFIGS, Settings
 from .tasks import TASKS, baseline
 from .train import Trainer
@@ -27,17 +29,23 @@ def print_header(console: Console, settings: Settings, place: Place, encoder: st
     console.print(f"[bold]{settings.config}[/] ({CONFIGS[settings.config]}), {settings.option}", highlight=False)
     encoder = "MiniLM-L6-H384, embedded" if encoder == "" else encoder
     where = f"{place.device.type}" + (f", {place.world} processes" if place.world > 1 else "")
-    console.print(f"encoder {encoder}; {where}; seed {settings.seed}; results go to {folder}", highlight=False)
+    text = f"encoder {encoder}; {where}; seed {settings.seed}; results go to {folder}"
+    console.print(text, highlight=False, markup=False)
+
+
+def note(console: Console, text: str) -> None:
+    """What the user should know before the run goes on."""
+    console.print(f"[yellow]note[/] {escape(text)}", highlight=False)
 
 
 def print_data(console: Console, files: dict[str, list[Split]], sets: dict[str, TokenSet], max_length: int) -> None:
     """How many rows each task has, which rows could not be used, and how many sentences were cut."""
     for name, splits in files.items():
         counts = ", ".join(f"{len(split.examples)} {split.file.name}" for split in splits)
-        console.print(f"  {name}: {counts}", highlight=False)
+        console.print(f"  {name}: {counts}", highlight=False, markup=False)
         for split in splits:
-            for note in split.skipped:
-                console.print(f"  [yellow]skipped[/] {note}", highlight=False, soft_wrap=True)
+            for row in split.skipped:
+                console.print(f"  [yellow]skipped[/] {escape(one_line(row))}", highlight=False, soft_wrap=True)
     cut = {name: data.truncated for name, data in sets.items() if data.truncated}
     for name, count in cut.items():
         console.print(f"  {name}: {count} training rows reach --max-length {max_length} and are cut", highlight=False)
@@ -77,12 +85,14 @@ def finish(trainer: Trainer, sets: dict[str, dict[str, TokenSet]], seconds: floa
         "torch": torch.__version__,
         "settings": settings.to_dict(),
     }
+    checkpoint.tidy(folder, keep=1)
     write_json(folder / "metrics.json", metrics)
     console.print(closing_table(metrics, settings))
     console.print(
         f"{seconds:.0f} s, {trainer.step} steps, peak memory {trainer.memory.peak / 2**20:.0f} MiB; "
         f"metrics.json, predictions and figures/curves.png are in {folder}",
         highlight=False,
+        markup=False,
     )
 
 
@@ -145,6 +155,6 @@ def _or_nan(value: float | None) -> float:
 
 def save_figure(figure: Figure, file: Path) -> None:
     """Writes a PNG."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
-    figure.savefig(file, dpi=120)
+    with replacing(file) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")

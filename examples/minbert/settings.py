@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from . import InputError
 from .tasks import SENTIMENT, parse_tasks
@@ -38,8 +38,8 @@ class Bound(NamedTuple):
 
 
 def whole(least: int) -> Bound:
-    """A whole number from `least` on."""
-    return Bound(f"a whole number of at least {least}", lambda value: value >= least)
+    """A whole number from `least` on; what does not fit 32 bits is taken for a mistake."""
+    return Bound(f"a whole number of at least {least}", lambda value: least <= value < 1 << 31)
 
 
 POSITIVE = Bound("a number above 0", lambda value: value > 0 and math.isfinite(value))
@@ -203,15 +203,42 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
-        """The settings that `to_dict` described."""
+        """The settings that `to_dict` described.
+
+        Raises:
+            InputError: it described no such settings.
+        """
         unknown = sorted(set(values) - set(TABLE))
         if unknown:
             raise InputError(f"unknown setting {unknown[0]!r}; the run was made by another version")
         # Before there was a choice, every search began with noise.
-        return cls(**{"start": "noise", **values, "tasks": tuple(values["tasks"])})
+        return cls(**{"start": "noise"} | {name: _checked(name, value) for name, value in values.items()})
 
 
 TABLE: dict[str, Row] = {each.name: each.metadata["row"] for each in fields(Settings)}
+TYPES: dict[str, tuple[type, ...]] = {each.name: get_args(each.type) or (each.type,) for each in fields(Settings)}
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A value out of a file, as the setting's type; the range is looked at by `Settings` itself."""
+    if name == "tasks":
+        if not isinstance(value, list) or not all(isinstance(task, str) for task in value):
+            raise InputError(f"setting 'tasks': expected a list of names, got {value!r}")
+        return parse_tasks(",".join(value))
+    kinds, choices = TYPES[name], TABLE[name].choices
+    if type(value) is int and int not in kinds and float in kinds and abs(value) < 1 << 53:
+        value = float(value)  # JSON has one kind of number
+    allowed = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+    if allowed and isinstance(value, str) and choices is None and str in kinds and float in kinds:
+        allowed = value == "paper"
+    if not allowed or (choices is not None and value not in choices):
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        expected = f"one of {', '.join(map(str, choices))}" if choices is not None else names
+        raise InputError(f"setting {name!r}: expected {expected}, got {value!r}")
+    if isinstance(value, str) and "\0" in value:
+        raise InputError(f"setting {name!r}: expected a name without NUL, got {value!r}")
+    return value
+
 
 REPORT: dict[str, Any] = {
     "pooling": "pooler",

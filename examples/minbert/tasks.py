@@ -1,5 +1,6 @@
 """The four tasks: which files they read, what they predict, their loss, and how predictions are measured."""
 
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -50,10 +51,7 @@ class Task:
         Raises:
             ValueError: the text is not a number of this task's range; the message says which labels are.
         """
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
+        value = float(text) if NUMBER.fullmatch(text) else float("nan")
         whole = self.kind == "score" or value == int(value) if value == value and abs(value) < 1e9 else False
         if not (whole and 0 <= value <= self.high):
             kind = "a number" if self.kind == "score" else "a whole number"
@@ -82,6 +80,8 @@ TASKS = {
         ),
     )
 }
+NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+"""What is a number in a data file. Python reads more as one, `1_0` for instance, and `3.` is a number cut off."""
 SENTIMENT = ("sst", "cfimdb")
 
 

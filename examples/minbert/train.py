@@ -10,16 +10,23 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import InputError, checkpoint, distributed
+from . import InputError, checkpoint, distributed, run_folder
 from .batching import Step, TokenSet, collate, epoch_steps, fingerprint, micro_batches, share
 from .distributed import Place
 from .evaluate import evaluate
 from .model import MultitaskModel
 from .objective import Losses, Objective
 from .optimizer import make_optimizer, make_schedule
-from .progress import Ledger, Memory, StopRequest, last_loss
+from .progress import Ledger, Memory, StopRequest, diverged, last_loss
 from .settings import Settings
 from .tasks import gap
+
+FP16_PATIENCE = 32
+"""Losses out of range in a row that a run in fp16 may have; a scaler that began at 2^16 is at 2^-16 by then."""
+REPORTED = {"epoch", "losses", "train", "dev", "gap"}
+"""What a line of the history is read for."""
+RESTORING = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What torch raises, here and there, when it is given a state that is not its own."""
 
 
 class Stopped(Exception):
@@ -64,7 +71,9 @@ class Trainer:
         self.optimizer = make_optimizer(model, settings)
         self.schedule = make_schedule(settings.lr_schedule, self.optimizer, self.total_steps)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=settings.amp == "fp16")
-        self.ledger, self.memory, self.stop = Ledger(), Memory(place.device), StopRequest()
+        # With fp16 a loss out of range now and then is part of the bargain: the scaler skips such a step.
+        self.ledger = Ledger(patience=FP16_PATIENCE if settings.amp == "fp16" else 1)
+        self.memory, self.stop = Memory(place.device), StopRequest()
 
         self.step = self.epoch = self.position = 0
         self.history: list[dict[str, Any]] = []
@@ -133,7 +142,7 @@ class Trainer:
                 with self._autocast():
                     losses = self.objective(batch, self.step)
                 self.scaler.scale(losses.total * weight).backward()
-            self.ledger.add(step.task, losses, len(rows) / len(step.rows))
+            self.ledger.add(step.task, losses, len(rows) / len(step.rows), self.step + 1)
         self.scaler.unscale_(self.optimizer)
         if settings.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self._trainable(), settings.max_grad_norm)
@@ -150,6 +159,7 @@ class Trainer:
         return losses
 
     def _end_epoch(self) -> None:
+        self._require_numbers()
         limit = self.settings.train_eval_limit
         train = evaluate(self.model, self.train_sets, self.place, limit, note="train: ")
         dev = evaluate(self.model, self.dev_sets, self.place, note="dev: ")
@@ -171,17 +181,26 @@ class Trainer:
         self.epoch, self.position, self.epoch_seconds = self.epoch + 1, 0, 0.0
         self.save()
         if self.place.first:
-            checkpoint.write_history(self.folder, self.history)
+            run_folder.write_history(self.folder, self.history)
 
     @property
     def step_seconds_median(self) -> float | None:
         """The median time of the optimizer steps since this process started."""
         return round(statistics.median(self.step_seconds), 5) if self.step_seconds else None
 
+    def _require_numbers(self) -> None:
+        """Raises Diverged before weights that are no numbers are measured, or replace a checkpoint of some that are."""
+        self.ledger.settle()
+        for name, value in self.model.named_parameters():
+            if not bool(torch.isfinite(value).all()):
+                raise diverged(f"after step {self.step} the weights {name} hold NaN or infinity")
+
     def save(self) -> None:
         """Writes a checkpoint; every process must call it."""
+        self._require_numbers()
         random_states = distributed.random_states(self.place)
-        if self.place.first:
+
+        def write() -> None:
             state = {
                 "step": self.step,
                 "epoch": self.epoch,
@@ -197,17 +216,38 @@ class Trainer:
                 "teacher": self.objective.bregman.state_dict() if self.objective.bregman is not None else None,
                 "random_states": random_states,
                 "data": fingerprint(self._trained()),
+                "threads": torch.get_num_threads(),
             }
             checkpoint.save(self.folder, self.step, self.model.state_dict(), state)
-        distributed.barrier(self.place)
 
-    def restore(self, folder: Path) -> None:
+        distributed.first_decides(self.place, write)
+
+    def restore(self, folder: Path) -> list[str]:
         """Goes on from a checkpoint, whose model weights have been loaded already.
 
+        Returns:
+            What the user should know.
+
         Raises:
-            InputError: it was made on other data or with another number of processes.
+            InputError: it is not the state of this run, or was made on other data or with another number of processes.
         """
         state = checkpoint.load_state(folder)
+        try:
+            self._restore(state)
+        except RESTORING as error:
+            raise InputError(f"{folder}: not the state of this run ({type(error).__name__}: {error})") from None
+        if self.place.first:
+            run_folder.write_history(self.folder, self.history)  # a kill may have come before its last line
+        threads = state.get("threads", torch.get_num_threads())
+        if threads == torch.get_num_threads():
+            return []
+        return [
+            f"the run had {threads} threads, here are {torch.get_num_threads()}: sums over threads round differently, "
+            f"so the weights will not be bit for bit those of a run that was never stopped; OMP_NUM_THREADS={threads} "
+            f"makes them so"
+        ]
+
+    def _restore(self, state: dict[str, Any]) -> None:
         if len(state["random_states"]) != self.place.world:
             raise InputError(
                 f"--resume {self.folder}: the run had {len(state['random_states'])} processes, here are "
@@ -215,12 +255,20 @@ class Trainer:
             )
         if state["data"] != fingerprint(self._trained()):
             raise InputError(f"--resume {self.folder}: the training data is not what the run began with")
-        self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
+        counts = [state[name] for name in ("step", "epoch", "position")]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"step, epoch and position are {counts}")
+        self.step, self.epoch, self.position = counts
         self.history, self.before = state["history"], state["before"]
+        if not all(line.keys() >= REPORTED for line in self.history) or len(self.history) != self.epoch:
+            raise ValueError("its history is not that of its epochs")
         self.ledger.restore(state["losses"])
         self.epoch_seconds = state["epoch_seconds"]
         self.memory.peak = state["peak_memory"]
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            if not all(value.shape in (parameter.shape, ()) for value in moments.values()):
+                raise ValueError("the optimizer's averages have other shapes than the weights")
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         if self.objective.bregman is not None:

@@ -9,6 +9,7 @@ from example_tools import ROOT, SAMPLE
 from minbert import InputError
 from minbert.batching import SentenceTokenizer, tokenize
 from minbert.data import read_file, read_split
+from minbert.evaluate import read_predictions
 from minbert.tasks import TASKS, parse_tasks
 
 REAL = ROOT.parent / "shared" / "data" / "minbert"
@@ -115,6 +116,50 @@ def test_splits_and_their_files(tmp_path: Path) -> None:
     write(tmp_path, student, "ids-sst-train.csv")
     with pytest.raises(InputError, match="the train split needs labels"):
         read_split(tmp_path, SST, "train")
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    text = "\tid\tsentence\tsentiment\tsentiment\n0\ta\tA film .\t3\t1\n"
+    with pytest.raises(InputError, match=r":1: expected one column of each name, got 2 named 'sentiment'"):
+        read_file(write(tmp_path, text), SST)
+
+
+@pytest.mark.parametrize("label", ["1_0", "\u0663", "3.", ".5", "0x1", "1e", "1 0"])
+def test_numbers_that_only_python_reads(label: str, tmp_path: Path) -> None:
+    text = f"\tid\tsentence1\tsentence2\tsimilarity\n0\ta\tx\ty\t{label}\n"
+    with pytest.raises(InputError, match=r":2: similarity: expected a number from 0 to 5"):
+        read_file(write(tmp_path, text), STS)
+
+
+def test_a_last_line_that_is_cut_off_is_not_used(tmp_path: Path) -> None:
+    text = "\tid\tsentence1\tsentence2\tsimilarity\n0\ta\tx\ty\t3.75\n1\tb\tx\ty\t3.7"  # of 3.75, say
+    split = read_file(write(tmp_path, text), STS)
+    assert [row.id for row in split.examples] == ["a"]
+    (note,) = split.skipped
+    assert ":3: the file ends in the middle of this line" in note
+    assert "end it with a line break" in note
+    assert len(read_file(write(tmp_path, text + "\n"), STS).examples) == 2
+
+
+def test_blank_lines_at_the_end_are_no_rows(tmp_path: Path) -> None:
+    for end in ("\n", "\n\n\n", "   ", "\t\t\t\n"):
+        split = read_file(write(tmp_path, HEAD + rows(3) + end), SST)
+        assert len(split.examples) == 3
+        assert split.skipped == []
+    with pytest.raises(InputError, match=r":5: the line is empty; 1 of 5 lines cannot be used"):
+        read_file(write(tmp_path, HEAD + rows(3) + "\n" + rows(1)), SST)
+
+
+def test_ids_with_odd_separators_come_back_from_predictions(tmp_path: Path) -> None:
+    ids = ["a\u2028b", "c\x0bd", "e\x1cf", "g\x85h", "i , j"]
+    text = HEAD + "".join(f"0\t{name}\tA film .\t3\n" for name in ids)
+    assert [row.id for row in read_file(write(tmp_path, text), SST).examples] == ids
+    file = write(tmp_path, "id \t Predicted_Sentiment \n" + "".join(f"{name} , 3 \n" for name in ids), "out.csv")
+    assert read_predictions(file) == [(name, 3.0) for name in ids]
+    text = HEAD + '0\t"a\nb"\tA film .\t3\n' + rows(300)  # such an id would need two lines
+    assert read_file(write(tmp_path, text), SST).skipped == [
+        f"{tmp_path / 'ids-sst-train.csv'}:2: id holds a line break"
+    ]
 
 
 def test_limits_are_nested_and_in_file_order(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every wrong input ends in one line that says what and where, exit code 2, and nothing overwritten."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 from example_tools import SAMPLE, command, run_options, tiny_encoder
 
+from minbert import InputError
 from minbert.cli import main
+from minbert.files import parsing
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +166,7 @@ def test_evaluating_what_is_no_run(tmp_path: Path, refused: Callable[..., str]) 
     assert f"--evaluate {tmp_path}/x: no such folder" in refused("--evaluate", tmp_path / "x")
     assert f"--evaluate {tmp_path}: is not a run: no settings.json in it" in refused("--evaluate", tmp_path)
     (tmp_path / "settings.json").write_text("[]")
-    assert "settings.json: unreadable (expected an object)" in refused("--evaluate", tmp_path)
+    assert "settings.json: expected a JSON object, got list" in refused("--evaluate", tmp_path)
     (tmp_path / "settings.json").write_text(json.dumps({"config": "vanilla", "tasks": ["sst"], "colour": "red"}))
     assert "unknown setting 'colour'" in refused("--evaluate", tmp_path)
     (tmp_path / "settings.json").write_text(json.dumps({"config": "vanilla", "tasks": ["sst"]}))
@@ -177,3 +180,62 @@ def test_the_script_itself_prints_no_traceback(tmp_path: Path) -> None:
     assert found.returncode == 2
     assert found.stdout == ""
     assert found.stderr == f"error: --data-dir {tmp_path / 'none'}: no such folder\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": "fast"}, "settings.json: setting 'lr': expected float, got 'fast'"),
+        ({"batch_size": 2.5}, "setting 'batch_size': expected int, got 2.5"),
+        ({"compile": 1}, "setting 'compile': expected bool, got 1"),
+        ({"norm": "3"}, "setting 'norm': expected one of inf, 2, got '3'"),
+        ({"tasks": "sst"}, "setting 'tasks': expected a list of names, got 'sst'"),
+        ({"epochs": 10**30}, "--epochs: expected a whole number of at least 1, got 1000"),
+        ({"data_dir": "a\0b"}, "setting 'data_dir': expected a name without NUL"),
+    ],
+)
+def test_settings_of_another_type(
+    change: dict[str, object], message: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps({"config": "vanilla", "tasks": ["sst"], **change}))
+    assert message in refused("--evaluate", tmp_path)
+
+
+def test_encoder_files_of_another_form(tmp_path: Path, refused: Callable[..., str], encoder: Path) -> None:
+    def changed(name: str, content: str) -> str:
+        folder = Path(shutil.copytree(encoder, tmp_path / "e", dirs_exist_ok=True))
+        (folder / name).write_text(content)
+        line = refused("--encoder", folder, "--output-dir", tmp_path / "run")
+        shutil.rmtree(folder)
+        return line
+
+    config = json.loads((encoder / "config.json").read_text())
+    assert "not valid JSON (nested too deeply)" in changed("config.json", "[" * 100_000)
+    assert "hidden_size: expected an integer of at most 65536" in changed(
+        "config.json", json.dumps({**config, "hidden_size": 2 * 10**9})
+    )
+    assert "the weights do not fit" in changed("config.json", json.dumps({**config, "num_hidden_layers": 500}))
+    assert "not a readable safetensors file" in changed("model.safetensors", "x")
+    assert "not a readable tokenizer" in changed("tokenizer.json", "{}")
+    shutil.copytree(encoder, tmp_path / "sharded")
+    (tmp_path / "sharded" / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    for index in ({}, {"weight_map": 3}, {"weight_map": {"a": "../elsewhere.safetensors"}}, {"weight_map": {"a": 1}}):
+        (tmp_path / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert "index.json: weight_map: expected an object" in refused("--encoder", tmp_path / "sharded")
+
+
+def test_a_parser_that_panics_is_one_line() -> None:
+    class PanicException(BaseException):
+        """As pyo3's: no Exception."""
+
+    with pytest.raises(InputError, match="file: not a readable tokenizer"), parsing(Path("file"), "tokenizer"):
+        raise PanicException("index out of bounds\nat line 3")
+    with pytest.raises(KeyboardInterrupt), parsing(Path("file"), "tokenizer"):
+        raise KeyboardInterrupt
+
+
+def test_odd_names(tmp_path: Path, refused: Callable[..., str], encoder: Path) -> None:
+    assert "name too long" in refused("--encoder", encoder, "--output-dir", tmp_path / ("x" * 256)).lower()
+    assert "no such folder" in refused("--data-dir", tmp_path / "two\nlines", "--encoder", encoder)
+    os.mkfifo(tmp_path / "settings.json")  # would be waited for
+    assert "settings.json: expected a file" in refused("--evaluate", tmp_path)

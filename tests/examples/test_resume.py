@@ -1,6 +1,5 @@
 """A run that was killed, at any moment, ends with the very weights of one that was not."""
 
-import json
 import os
 import shutil
 import signal
@@ -12,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from example_tools import ROOT, SAMPLE, command, run_options, tiny_encoder
-from safetensors.torch import load_file
+from fault_tools import assert_same_end
 
-from minbert.checkpoint import UNFINISHED, latest
+from minbert.checkpoint import latest
 from minbert.cli import main
+from minbert.files import UNFINISHED
 
 # Runs the example, but sends itself SIGKILL at a chosen moment, so that "in the middle of saving" is where it says.
 KILLED = """
@@ -43,7 +43,7 @@ if moment == "step":
 elif moment == "writing":
     die_after(checkpoint, "save_file", calls, half_a_file)
 elif moment == "renamed":
-    die_after(checkpoint.shutil, "rmtree", calls)
+    die_after(checkpoint, "_remove", calls)
 cli.main(sys.argv[3:])
 """
 FLAGS = ["--tasks", "sst,sts", "--train-limit", "24", "--dev-limit", "10", "--batch-size", "8"]
@@ -71,29 +71,6 @@ def uninterrupted(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def assert_same_end(folder: Path, reference: Path) -> None:
-    ours, theirs = latest(folder), latest(reference)
-    assert ours is not None
-    assert theirs is not None
-    assert ours.name == theirs.name
-    for file in ("model.safetensors", "state.safetensors"):
-        found, expected = load_file(ours / file), load_file(theirs / file)
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            assert torch.equal(found[key], value), (file, key)
-    assert (
-        json.loads((folder / "metrics.json").read_text())["dev"]
-        == json.loads((reference / "metrics.json").read_text())["dev"]
-    )
-    timed = ("seconds", "step_seconds_median", "peak_memory_bytes")
-    lines = [
-        [{k: v for k, v in json.loads(line).items() if k not in timed} for line in path.read_text().splitlines()]
-        for path in (folder / "metrics.jsonl", reference / "metrics.jsonl")
-    ]
-    assert lines[0] == lines[1]
-    assert len(lines[0]) == 3
-
-
 def start(encoder: Path, folder: Path, script: Path, *moment: object) -> int:
     """Runs the script that kills itself; returns its exit code."""
     script.write_text(KILLED.format(examples=str(ROOT / "examples")))
@@ -107,7 +84,7 @@ def start(encoder: Path, folder: Path, script: Path, *moment: object) -> int:
         ("step", 2, None),  # nothing saved yet
         ("step", 10, 8),  # in the middle of the second epoch, between two checkpoints
         ("writing", 5, 4),  # half of a file is written
-        ("renamed", 6, 6),  # the new checkpoint is there, the old one not yet removed
+        ("renamed", 1, 6),  # the new checkpoint is there, the old one not yet removed
     ],
 )
 def test_killed_and_resumed(
@@ -124,7 +101,7 @@ def test_killed_and_resumed(
     assert main(["--output-dir", str(folder), "--resume", "--encoder", str(encoder), *FLAGS]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert (f"resuming after step {left} of 18" if left else "nothing saved yet in") in out
-    assert_same_end(folder, uninterrupted)
+    assert_same_end(folder, uninterrupted, epochs=3)
     assert len(list((folder / "checkpoints").iterdir())) == 1
 
 
@@ -149,7 +126,7 @@ def test_sigterm_saves_and_leaves(encoder: Path, uninterrupted: Path, tmp_path: 
     assert "--resume goes on from there" in err
     assert "Traceback" not in err
     assert main(["--output-dir", str(folder), "--resume"]) == 0  # the run knows its own settings
-    assert_same_end(folder, uninterrupted)
+    assert_same_end(folder, uninterrupted, epochs=3)
 
 
 def test_resuming_is_for_the_same_run(
@@ -170,7 +147,7 @@ def test_resuming_notices_other_data(
     data = Path(shutil.copytree(SAMPLE, tmp_path / "data"))
     arguments = ["--output-dir", str(tmp_path / "run"), "--data-dir", str(data)]
     with monkeypatch.context() as patch:
-        patch.setattr("minbert.cli.finish", lambda *_: None)
+        patch.setattr("minbert.run.finish", lambda *_: None)
         assert main(["--encoder", str(encoder), *arguments, *FLAGS]) == 0
     lines = (data / "ids-sst-train.csv").read_text().replace(" film", " picture")
     (data / "ids-sst-train.csv").write_text(lines)

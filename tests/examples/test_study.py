@@ -1,6 +1,7 @@
 """The study: what it runs, what it computes, what it leaves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from example_tools import tiny_encoder
 from scipy.stats import pearsonr
 
 from minbert import InputError
+from minbert.cli import build_parser
 from minbert.study import cli as study
 from minbert.study.runs import Run, command, execute
 from minbert.study.statistics import compare, metric
@@ -87,6 +89,15 @@ def test_a_study_keeps_to_its_flags(finished: list[str], capsys: pytest.CaptureF
         (["--configs", "vanilla,best"], "--configs: expected any of baseline,vanilla"),
         (["--modes", "guess"], "--modes: expected any of pretrain,finetune"),
         (["--seeds", "one"], "--seeds: expected whole numbers separated by commas, got 'one'"),
+        (["--flags", "--config vanilla"], "--flags: --config is what the study sets for each run; leave it out"),
+        (["--flags=--seed=7"], "--flags: --seed is what the study sets"),
+        (["--finetune-flags=--init-from=x"], "--finetune-flags: --init-from is what the study sets"),
+        (["--pretrain-flags", "--output-dir x"], "--pretrain-flags: --output-dir is what the study sets"),
+        (["--flags", "--epochs '2"], "--flags: No closing quotation"),
+        (["--flags", "--colour red"], "--flags: unrecognized arguments: --colour red"),
+        (["--flags=--help"], "--flags: --help: run minbert_multitask.py --help instead"),
+        (["--reference", "best"], "--reference: expected any of baseline,vanilla"),
+        (["--seeds", "\u00b2"], "--seeds: expected whole numbers separated by commas"),
         (["--resamples", "0"], "--resamples: expected a whole number of at least 1, got 0"),
     ],
 )
@@ -108,6 +119,8 @@ def test_command_lines(tmp_path: Path) -> None:
     assert "--lr 0.1" in text
     assert "--seed 3" in text
     assert "--resume" not in text
+    both = {**FLAGS, "all": ["--encoder=E", "--epochs", "1"]}
+    assert not [word for word in command(run, tmp_path, ["pretrain", "finetune"], both) if "--encoder" in word]
     alone = " ".join(command(run, tmp_path, ["finetune"], FLAGS))
     assert "--init-from" not in alone
     assert "--encoder E" in alone
@@ -130,6 +143,49 @@ def test_the_quick_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {path.name for path in (tmp_path / "study" / "figures").iterdir()} == {
         "pretrain.png", "finetune.png", "t-smart-sentiment.png",
     }  # fmt: skip
+
+
+def test_a_cell_is_what_its_label_says(
+    finished: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "execute", lambda line, log: pytest.fail("nothing is left to run"))
+    folder = Path(shutil.copytree(finished[1], tmp_path / "study"))
+    again = ["--output-dir", str(folder), *finished[2:]]
+    cell = folder / "runs" / "finetune-t-smart-seed1"
+
+    def refused(file: Path, content: str) -> str:
+        before = file.read_text()
+        file.write_text(content)
+        assert study.main(again) == 2
+        file.write_text(before)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        return line
+
+    other = (folder / "runs" / "finetune-t-smart-seed0" / "metrics.json").read_text()
+    assert "--seed is 0 there, but 1 is what the study has" in refused(cell / "metrics.json", other)
+    vanilla = (folder / "runs" / "finetune-vanilla-seed1" / "metrics.json").read_text()
+    assert "--config is 'vanilla' there, but 't-smart' is" in refused(cell / "metrics.json", vanilla)
+    assert "no metrics of a run (not valid JSON" in refused(cell / "metrics.json", "")
+    predictions = cell / "predictions" / "sst-dev-output.csv"
+    assert "not a file of predictions" in refused(predictions, "id \t x \nnothing\n")
+    rows = predictions.read_text().splitlines(keepends=True)
+    assert "its rows are not those of the dev data" in refused(predictions, "".join(rows[:-1]))
+    assert "study.json: not valid JSON" in refused(folder / "study.json", "{")
+    assert study.main(again) == 0
+
+
+def test_quick_is_what_other_flags_leave_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[list[str]] = []
+
+    def note(line: list[str], log: Path) -> None:
+        lines.append(line)
+        raise InputError("enough")
+
+    monkeypatch.setattr(study, "execute", note)
+    flags = ["--output-dir", str(tmp_path / "s"), "--quick", "--seeds", "5", "--flags", "--epochs 2"]
+    assert study.main(flags) == 2
+    given = vars(build_parser().parse_args(lines[0][2:]))
+    assert (given["seed"], given["epochs"], given["max_steps"], given["config"]) == (5, 2, 3, "vanilla")
 
 
 def test_a_failed_run_stops_the_study(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The runs of a study: which there are, which are done, and how one is made."""
 
-import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError
+from ..cli import build_parser
+from ..files import read_json, writing
+from ..settings import TABLE, Settings, flag
 
 SCRIPT = Path(__file__).resolve().parents[2] / "minbert_multitask.py"
+CELL = ("config", "option", "seed", "init_from", "output_dir", "resume", "evaluate", "split")
+"""The flags that the study sets itself: with another value, a run would not be what the table calls it."""
+REPORTED = {"dev", "train", "gap", "steps", "seconds", "tasks", "epochs"}
 
 
 @dataclass(frozen=True)
@@ -49,23 +55,66 @@ def command(run: Run, folder: Path, modes: Sequence[str], flags: dict[str, list[
     """
     target = folder / "runs" / run.name
     line = [sys.executable, str(SCRIPT), "--config", run.config, "--option", run.mode, "--seed", str(run.seed)]
-    line += ["--output-dir", str(target), *flags["all"], *flags[run.mode]]
+    common = flags["all"]
     if run.mode == "finetune" and "pretrain" in modes:
-        line = _without(line, "--encoder")  # the pretrain run brings its own
+        common = _without(common, "--encoder")  # the pretrain run brings its own
         line += ["--init-from", str(folder / "runs" / Run("pretrain", run.config, run.seed).name)]
+    line += ["--output-dir", str(target), *common, *flags[run.mode]]
     # A run that was cut off goes on from its checkpoint; one that never saved starts anew.
     return [*line, "--resume"] if target.exists() else line
 
 
-def result(run: Run, folder: Path) -> dict[str, Any] | None:
-    """The metrics of a complete run, or None."""
-    file = folder / "runs" / run.name / "metrics.json"
+def passed_on(text: str, given_as: str) -> list[str]:
+    """The words of flags for the runs.
+
+    Raises:
+        InputError: they are no flags of a run, or one of them says what a cell of the study is.
+    """
     try:
-        metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        words = shlex.split(text)
+        if {"-h", "--help"} & set(words):
+            raise InputError("--help: run minbert_multitask.py --help instead")
+        given = vars(build_parser().parse_args(words))
+    except (ValueError, InputError) as error:
+        raise InputError(f"{given_as}: {error}") from None
+    taken = [name for name in given if name in CELL]
+    if taken:
+        raise InputError(f"{given_as}: {flag(taken[0])} is what the study sets for each run; leave it out")
+    return words
+
+
+def result(run: Run, folder: Path, line: list[str]) -> dict[str, Any] | None:
+    """The metrics of a complete run, or None.
+
+    Args:
+        run: which run.
+        folder: the study's folder.
+        line: its command line.
+
+    Raises:
+        InputError: they are unreadable, or those of other settings than the command line's.
+    """
+    file = folder / "runs" / run.name / "metrics.json"
+    if not file.exists():
         return None
-    except ValueError as error:
-        raise InputError(f"{file}: unreadable ({error}); remove the folder to have the run made again") from None
+    try:
+        metrics = read_json(file)
+        settings = Settings.from_dict(metrics["settings"])
+        if not metrics.keys() >= REPORTED or not isinstance(metrics["epochs"], list):
+            raise InputError("it lacks " + ", ".join(sorted(REPORTED - metrics.keys())))
+    except (InputError, KeyError, TypeError) as error:
+        text = str(error).removeprefix(f"{file}: ")
+        raise InputError(f"{file}: no metrics of a run ({text}); remove it, and the run writes it anew") from None
+    given = vars(build_parser().parse_args(line[2:]))
+    for name in sorted(TABLE.keys() & given.keys()):
+        same = getattr(settings, name) == given[name] or TABLE[name].free_on_resume
+        if name == "init_from":  # the study may have moved since
+            same = settings.init_from is not None and Path(settings.init_from).name == Path(given[name]).name
+        if not same:
+            raise InputError(
+                f"{file}: {flag(name)} is {getattr(settings, name)!r} there, but {given[name]!r} is what the study has "
+                f"for {run.name}; remove the folder, and the run is made again"
+            )
     return metrics
 
 
@@ -75,15 +124,22 @@ def execute(line: list[str], log: Path) -> None:
     Raises:
         InputError: it failed; the message names the log.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = log.open("a", encoding="utf-8")
+    with file:
         code = subprocess.run(line, stdout=file, check=False).returncode
     if code:
         raise InputError(f"{log.stem}: ended with exit code {code}; what it printed is above and in {log}")
 
 
 def _without(line: list[str], flag: str) -> list[str]:
-    if flag not in line:
-        return line
-    at = line.index(flag)
-    return line[:at] + line[at + 2 :]
+    """The line without a flag and its value, in either spelling."""
+    kept: list[str] = []
+    words = iter(line)
+    for word in words:
+        if word == flag:
+            next(words, None)
+        elif not word.startswith(f"{flag}="):
+            kept.append(word)
+    return kept

@@ -31,7 +31,11 @@ class Cell:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object."""
-        return asdict(self)
+        return {name: _or_none(value) for name, value in asdict(self).items()}
+
+
+def _or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def metric(task: Task, predictions: Array, labels: Array) -> Array:

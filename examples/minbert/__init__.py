@@ -13,7 +13,8 @@ evaluate.py     metrics and predictions of a split
 report.py       what a run prints, `metrics.json`, the figure
 checkpoint.py   the folder of a run, and how it survives being killed
 distributed.py  devices and processes
-study/          configurations compared over seeds
+extras.py       where a method that no setting knows is added to the trainer
+study/          configurations compared over seeds; regularizers compared at equal budgets
 """
 
 

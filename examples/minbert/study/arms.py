@@ -50,7 +50,7 @@ Space = dict[str, Log | OneOf]
 COMMON: Space = {
     "lr": Log(1e-5, 2e-4),
     "head_lr": Log(1e-4, 3e-3),
-    "epochs": OneOf((3, 5, 8, 12)),
+    "epochs": OneOf((3, 5, 8)),
     "dropout": OneOf((0.0, 0.1, 0.2)),
 }
 """What is searched for every arm; trial i has the same of these in all arms."""

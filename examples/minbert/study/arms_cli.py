@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 from .. import InputError
-from ..checkpoint import write_text
+from ..checkpoint import write_json, write_text
 from ..cli import Parser
-from . import figures, tables
-from .record import RESULTS, read
+from . import figures, tables, zero_shot
+from .record import RESULTS, ZERO_SHOT, read
 from .stages import STAGES
 from .workers import complete, remaining
 
@@ -22,10 +22,12 @@ def build_parser() -> Parser:
     run.add_argument("--data-dir", required=True, metavar="DIR", help="folder in the CS224N layout")
     run.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)")
     run.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="default: cpu")
+    untrained = commands.add_parser("untrained", help="measure what there is before any training")
+    untrained.add_argument("--data-dir", required=True, metavar="DIR", help="folder in the CS224N layout")
     status = commands.add_parser("status", help="how many runs of each stage are done")
     report = commands.add_parser("report", help="tables and figures of the records")
     report.add_argument("--output-dir", default="docs/study", metavar="DIR", help="default: docs/study")
-    for command in (run, status, report):
+    for command in (run, untrained, status, report):
         command.add_argument("--results", default=str(RESULTS), metavar="DIR", help="folder of the records")
     return parser
 
@@ -40,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
                 raise InputError(f"--workers: expected a whole number of at least 1, got {options.workers}")
             for name in options.stages:
                 complete(name, results, Path(options.data_dir), workers=options.workers, device=options.device)
+        elif options.command == "untrained":
+            results.mkdir(parents=True, exist_ok=True)
+            write_json(results / ZERO_SHOT, zero_shot.measure(Path(options.data_dir)))
         elif options.command == "status":
             show(results)
         else:

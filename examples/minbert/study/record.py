@@ -18,6 +18,7 @@ import smartreg
 from .. import InputError
 
 RESULTS = Path(__file__).parent / "results"
+ZERO_SHOT = "zero-shot.json"
 PACKAGE, EXAMPLE = Path(smartreg.__file__).parent, Path(__file__).resolve().parents[1]
 NUMBERS_FOLLOW_FROM = (
     *("batching", "bert", "data", "evaluate", "extras", "model", "objective", "optimizer", "pretrained", "settings"),
@@ -105,6 +106,13 @@ def read(folder: Path) -> list[Record]:
             raise InputError(f"{file}: unreadable ({error}); remove it to have the run made again") from None
     refuse_mixed(records, str(folder))
     return records
+
+
+def read_zero_shot(results: Path) -> dict[str, float]:
+    """The main metrics before any training, by task; empty if they were not measured."""
+    file = results / ZERO_SHOT
+    found: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
 
 
 def refuse_mixed(records: Iterable[Record], where: str) -> None:

@@ -47,10 +47,10 @@ def parts(folder: Path, task: str, rows: int | None, seed: int, held_out: int | 
     wanted = len(pool) if rows is None else rows
     if not 0 < wanted <= len(pool):
         raise ValueError(f"rows: expected 1 to {len(pool)} of {task}, where {reserved} of {count} are kept, got {rows}")
-    drawn = random.Random(seed_of("training", task, seed)).sample(pool, len(pool))[:wanted]
+    drawn = random.Random(seed_of("training", task, seed)).sample(pool, len(pool))[:wanted]  # so that draws are nested
     return Parts(chosen(everything, drawn), read_split(folder, TASKS[task], "dev", DEV), chosen(everything, kept))
 
 
 def chosen(split: Split, rows: list[int]) -> Split:
-    """Some rows of a split, in the order of the file."""
-    return replace(split, examples=[split.examples[row] for row in sorted(rows)])
+    """Some rows of a split, in the order given: that of the SST file goes with the label."""
+    return replace(split, examples=[split.examples[row] for row in rows])

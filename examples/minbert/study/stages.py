@@ -60,18 +60,17 @@ SEARCHED = (
     *("plain", "t-vanilla", "label-smoothing", "entropy", "ema", "neftune", "l2-sp", "sam", "r-drop", "mbpp"),
     *("random-smoothing", "smart-printed", "smart-packages", "smart", "smart+mbpp"),
 )
-NO_LIKELIHOOD = tuple(arm for arm in SEARCHED if arm not in ("label-smoothing", "entropy"))
 # What is judged beside the arms searched: their settings are those of the arm that they vary.
 JUDGED = {"longer": "t-vanilla"}
 FEW = ("plain", "t-vanilla", "ema", "r-drop", "smart", "smart+mbpp")
 
 STAGES: dict[str, Stage] = {"first": Stage(("sst",), 256, FIRST, seeds=8)}
-for _task, _arms in (("sst", SEARCHED), ("para", SEARCHED), ("sts", NO_LIKELIHOOD)):
-    STAGES[f"search-{_task}-256"] = Stage((_task,), 256, _arms, rungs=HALVING)
-    _from = f"search-{_task}-256"
-    STAGES[f"{_task}-256"] = Stage((_task,), 256, (*_arms, "longer"), 8, settings_from=_from, probed=_task == "sst")
-    STAGES[f"{_task}-64"] = Stage((_task,), 64, FEW, 5, settings_from=_from)
-    STAGES[f"{_task}-1024"] = Stage((_task,), 1024, FEW, 5, settings_from=_from)
+for _task, _arms in (("sst", SEARCHED), ("para", FEW), ("sts", FEW)):
+    _search = f"search-{_task}-256"
+    STAGES[_search] = Stage((_task,), 256, _arms, rungs=HALVING)
+    STAGES[f"{_task}-256"] = Stage((_task,), 256, (*_arms, "longer"), 8, settings_from=_search, probed=_task == "sst")
+    STAGES[f"{_task}-64"] = Stage((_task,), 64, FEW, 5, settings_from=_search)
+    STAGES[f"{_task}-1024"] = Stage((_task,), 1024, FEW, 5, settings_from=_search)
 STAGES["sst-all"] = Stage(("sst",), None, ("t-vanilla", "smart+mbpp"), 2, settings_from="search-sst-256")
 STAGES["causes"] = Stage(("sst",), 256, ("t-vanilla", "smart+mbpp", *CAUSES), 5)
 STAGES["causes-tenth"] = Stage(("sst",), 26, ("t-vanilla", "smart+mbpp"), 5)

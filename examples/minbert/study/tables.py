@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from .. import InputError
 from ..tasks import TASKS
 from .bootstrap import Difference, difference, holm
-from .record import Record, read, unpacked
+from .record import Record, read, read_zero_shot, unpacked
 from .stages import STAGES, Stage, check_budget, on_dev, ranking
 
 REFERENCE = "t-vanilla"
@@ -49,25 +49,27 @@ def measures(task: str) -> list[Measure]:
 
 def make(results: Path) -> str:
     """All tables of all stages that have complete records, as Markdown."""
-    parts = []
+    parts, zero_shot = [], read_zero_shot(results)
     for name, stage in STAGES.items():
         records = read(results / name)
         if not records:
             continue
-        parts.append(search_table(name, stage, records) if stage.rungs else estimate_tables(name, stage, records))
+        parts.append(
+            search_table(name, stage, records) if stage.rungs else estimate_tables(name, stage, records, zero_shot)
+        )
     if not parts:
         raise InputError(f"{results}: no records; make some with the command `run`")
     return "\n".join(parts)
 
 
-def estimate_tables(name: str, stage: Stage, records: Sequence[Record]) -> str:
+def estimate_tables(name: str, stage: Stage, records: Sequence[Record], zero_shot: dict[str, float]) -> str:
     """What an estimate shows: differences from `t-vanilla` at the last and at the best epoch, cost, probes."""
     by_arm, seeds = paired(stage, records)
     first = by_arm[REFERENCE][0]
     text = [f"## {name}\n", _heading(stage, first, len(seeds), len(by_arm))]
     for task in stage.tasks:
         for moment in ("last", "best"):
-            text.append(_table(task, moment, by_arm))
+            text.append(_table(task, moment, by_arm, zero_shot.get(task)))
     if "probes" in first:
         text.append(_probes(by_arm))
     return "\n".join(text)
@@ -99,12 +101,12 @@ def _heading(stage: Stage, first: Record, seeds: int, arms: int) -> str:
     tested = 2 * (arms - 1)
     return (
         f"Tasks {', '.join(stage.tasks)}; training rows a task: {rows}; seeds: {seeds}; code {first['code']}, "
-        f"commit {first['commit'][:10]}.\nIn brackets the difference from {REFERENCE} and its 95 % interval. \\*: its p-value, "
-        f"adjusted by Holm for {tested} comparisons\n(each arm's two first columns), is below {LEVEL:g}.\n"
+        f"commit {first['commit'][:10]}.\nIn brackets the difference from {REFERENCE} and its 95 % interval. \\*: "
+        f"its p-value, adjusted by Holm for {tested} comparisons\n(each arm's two first columns), is below {LEVEL:g}.\n"
     )
 
 
-def _table(task: str, moment: str, by_arm: dict[str, list[Record]]) -> str:
+def _table(task: str, moment: str, by_arm: dict[str, list[Record]], zero_shot: float | None) -> str:
     columns = measures(task)
     values = {arm: [matrix(runs, task, moment, column) for column in columns] for arm, runs in by_arm.items()}
     gaps: dict[str, list[Difference]] = {
@@ -118,6 +120,8 @@ def _table(task: str, moment: str, by_arm: dict[str, list[Record]]) -> str:
         f"| arm | {' | '.join(column.title for column in columns)} | cost |",
         "|---" * (len(columns) + 2) + "|",
     ]
+    if zero_shot is not None:
+        lines.append(f"| untrained | {zero_shot:.4f} |" + " |" * len(columns))
     for arm, found in values.items():
         cells = []
         for i, own in enumerate(found):

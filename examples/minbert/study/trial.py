@@ -58,13 +58,17 @@ class Trial:
 
 
 class Watch:
-    """Measures dev after every epoch, and remembers the weights of the best.
+    """Measures dev after every epoch, or the last alone, and remembers the weights of the best.
 
     Best is the highest main metric on dev (its mean over tasks), the earliest among equals.
+
+    Args:
+        dev: the dev sets.
+        every: whether all epochs are measured; a search asks for the last only.
     """
 
-    def __init__(self, dev: dict[str, TokenSet]) -> None:
-        self.dev = dev
+    def __init__(self, dev: dict[str, TokenSet], every: bool) -> None:
+        self.dev, self.every = dev, every
         self.epochs: list[dict[str, Any]] = []
         self.best = 0
         self.best_outputs: Outputs = {}
@@ -74,6 +78,8 @@ class Watch:
 
     def __call__(self, trainer: Trainer) -> None:
         """To be called at the end of an epoch."""
+        if not (self.every or trainer.done):
+            return
         started = time.process_time()
         model = trainer.extras.evaluated(trainer)
         self.last_outputs = {name: outputs_of(model, data, trainer.place) for name, data in self.dev.items()}
@@ -112,7 +118,7 @@ def run(trial: Trial, folder: Path, *, device: str = "cpu", encoder: str | None 
     }
     torch.manual_seed(settings.seed)
     model = build_model(settings, encoder_config(source, settings), source).to(place.device)
-    watch = Watch(sets["dev"])
+    watch = Watch(sets["dev"], every=trial.judged)
     extras = replace(extras_of(trial.arm, trial.choice, model), epoch_ended=watch)
     # The trainer itself measures no dev rows: the watch does, and keeps the outputs.
     trainer = Trainer(settings, place, model, sets["train"], {}, None, extras)
@@ -136,8 +142,9 @@ def run(trial: Trial, folder: Path, *, device: str = "cpu", encoder: str | None 
         "data": "".join(fingerprint(sets[part])[:8] for part in Parts._fields),
         "steps": trainer.step,
         "cpu_seconds_a_step": round(training / trainer.step, 5),
-        "epochs": [{"dev": dev, **line} for dev, line in zip(watch.epochs, _lines(trainer), strict=True)],
-        "best_epoch": watch.best + 1,
+        "epochs": [{"losses": line["losses"], "train": line["train"]} for line in trainer.history],
+        "dev": watch.epochs,
+        "best_epoch": watch.best + 1 if trial.judged else None,
         "last": _judged(final, watch.last_outputs, sets, place, trial.judged),
     }
     if trial.probed:
@@ -174,11 +181,6 @@ def _judged(
             "by_row": {key: packed(values) for key, values in rows.items()},
         }
     return result
-
-
-def _lines(trainer: Trainer) -> list[dict[str, Any]]:
-    """Of each epoch the mean losses, and what was known of the training rows."""
-    return [{"losses": line["losses"], "train": line["train"]} for line in trainer.history]
 
 
 def _comparable(settings: Settings) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def test_half_made_stages_are_paired_by_what_all_arms_have(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("code", "def", r"t-vanilla\.0\.seed2 has code 'def'"),
+        ("code", "def", r"smart\.0\.seed0 has code 'abc', t-vanilla\.0\.seed2 has 'def'"),
         ("torch", "3", "has torch '2'"),
         ("data", "other rows", "has data 'data of seed 2'"),
         ("settings", {"seed": 2, "lr": 1.0}, r"t-vanilla\.0\.seed0 and t-vanilla\.0\.seed2 were made with different"),

@@ -20,6 +20,11 @@ Array = NDArray[np.float64]
 BINS = 15
 
 
+def finite(outputs: Tensor) -> Tensor:
+    """Outputs, of which those that are no numbers count as 0: a model that has come apart says nothing."""
+    return outputs.nan_to_num(0.0, 0.0, 0.0)
+
+
 def contributions(task: Task, outputs: Tensor, labels: Tensor) -> dict[str, Array]:
     """The main metric and the negative log-likelihood by row: {"accuracy" or "pearson": (n,), "nll": (n,)}."""
     return {task.metric: metric_rows(task, outputs, labels), "nll": nll_rows(task, outputs, labels)}

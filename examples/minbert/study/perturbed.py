@@ -19,6 +19,7 @@ from ..evaluate import outputs_of
 from ..model import MultitaskModel
 from ..objective import seed_of
 from ..tasks import TASKS, score
+from .measure import finite
 from .split import Parts
 
 ROWS = 500
@@ -136,10 +137,10 @@ def probes(
     if "sst" in found and split_file(folder, film, "dev") is not None:
         reviews = tokenize(read_split(folder, film, "dev"), tokenizer)
         # The sentiment head reads them; they are a task of their own only in their labels.
-        outputs = outputs_of(model, replace(reviews, task=found["sst"].train.task), place)
+        outputs = finite(outputs_of(model, replace(reviews, task=found["sst"].train.task), place))
         result["cfimdb"] = {"transfer": score(film, binary_sentiment(outputs), torch.tensor(reviews.labels))}
     return result
 
 
 def _score(model: MultitaskModel, data: TokenSet, place: Place) -> dict[str, Any]:
-    return dict(score(data.task, outputs_of(model, data, place), torch.tensor(data.labels)))
+    return dict(score(data.task, finite(outputs_of(model, data, place)), torch.tensor(data.labels)))

@@ -27,7 +27,8 @@ class Measure(NamedTuple):
 
 
 def _by_row(name: str) -> Callable[[dict[str, Any]], Array]:
-    return lambda held: unpacked(held["by_row"][name])
+    """By row where the record has that, which is after the last epoch; else the number of the run."""
+    return lambda held: unpacked(held["by_row"][name]) if "by_row" in held else np.array([held[name]])
 
 
 def _scalar(name: str) -> Callable[[dict[str, Any]], Array]:

@@ -19,6 +19,7 @@ from ..tasks import TASKS, score
 from ..train import Trainer
 from . import measure, perturbed
 from .arms import Choice, extras_of, settings_of
+from .measure import finite
 from .record import Record, code_version, commit, packed
 from .split import Parts, parts
 
@@ -82,7 +83,7 @@ class Watch:
             return
         started = time.process_time()
         model = trainer.extras.evaluated(trainer)
-        self.last_outputs = {name: outputs_of(model, data, trainer.place) for name, data in self.dev.items()}
+        self.last_outputs = {name: finite(outputs_of(model, data, trainer.place)) for name, data in self.dev.items()}
         metrics = {name: score(TASKS[name], self.last_outputs[name], _labels(data)) for name, data in self.dev.items()}
         self.epochs.append(metrics)
         if self._quality(-1) > self._quality(self.best) or len(self.epochs) == 1:
@@ -145,23 +146,21 @@ def run(trial: Trial, folder: Path, *, device: str = "cpu", encoder: str | None 
         "epochs": [{"losses": line["losses"], "train": line["train"]} for line in trainer.history],
         "dev": watch.epochs,
         "best_epoch": watch.best + 1 if trial.judged else None,
-        "last": _judged(final, watch.last_outputs, sets, place, trial.judged),
+        "last": _judged(final, watch.last_outputs, sets, place, trial.judged, by_row=True),
     }
     if trial.probed:
         record["probes"] = perturbed.probes(final, found, tokenizer, folder, place)
-    if watch.best + 1 == len(watch.epochs):
-        record["best"] = record["last"]
-    else:
+    if trial.judged:
         final.load_state_dict(watch.best_weights)
-        record["best"] = _judged(final, watch.best_outputs, sets, place, trial.judged)
+        record["best"] = _judged(final, watch.best_outputs, sets, place, judged=True, by_row=False)
     record["seconds"] = round(time.perf_counter() - wall, 1)
     return record
 
 
 def _judged(
-    model: MultitaskModel, dev: Outputs, sets: dict[str, dict[str, TokenSet]], place: Place, judged: bool
+    model: MultitaskModel, dev: Outputs, sets: dict[str, dict[str, TokenSet]], place: Place, judged: bool, by_row: bool
 ) -> Record:
-    """Metrics of a model, by task: on dev, and on the rows held out if it is to be judged."""
+    """Metrics of a model, by task: on dev, and on the rows held out if it is to be judged; there by row if asked."""
     result: Record = {}
     for name, data in sets["dev"].items():
         task, labels = data.task, _labels(data)
@@ -170,7 +169,7 @@ def _judged(
         if not judged:
             continue
         held = sets["held_out"][name]
-        outputs, labels = outputs_of(model, held, place), _labels(held)
+        outputs, labels = finite(outputs_of(model, held, place)), _labels(held)
         rows = measure.contributions(task, outputs, labels)
         result[name]["held_out"] = {
             **score(task, outputs, labels),
@@ -178,8 +177,9 @@ def _judged(
             "nll_scaled": float(measure.nll_rows(task, outputs, labels, scale).mean()),
             "ece": measure.calibration_error(task, outputs, labels),
             "ece_scaled": measure.calibration_error(task, outputs, labels, scale),
-            "by_row": {key: packed(values) for key, values in rows.items()},
         }
+        if by_row:
+            result[name]["held_out"]["by_row"] = {key: packed(values) for key, values in rows.items()}
     return result
 
 

@@ -4,6 +4,7 @@ The records are the state: a run that has one is done, and one that a lost machi
 Two calls at once for the same stage would make the same runs twice, to the same numbers.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..checkpoint import write_json
+from ..checkpoint import write_text
 from .record import Record, read
 from .stages import STAGES, Stage, check_budget, upcoming
 from .trial import Trial, run
@@ -55,7 +56,8 @@ def make(trials: Sequence[Trial], folder: Path, options: dict[str, Any], workers
         running: dict[Future[Record], Trial] = {pool.submit(run, trial, **options): trial for trial in trials}
         try:
             for future in tqdm(as_completed(running), total=len(running), desc=note, unit="run"):
-                write_json(folder / f"{running[future].name}.json", future.result())
+                text = json.dumps(future.result(), allow_nan=False)
+                write_text(folder / f"{running[future].name}.json", text + "\n")
         except BaseException:
             pool.shutdown(cancel_futures=True, wait=False)
             raise

@@ -15,7 +15,8 @@ run_folder.py   the folder of a run: who may work in it, what is in it
 checkpoint.py   how a run survives being killed
 files.py        reading the files of others, writing its own
 distributed.py  devices and processes
-study/          configurations compared over seeds
+extras.py       where a method that no setting knows is added to the trainer
+study/          configurations compared over seeds; regularizers compared at equal budgets
 """
 
 

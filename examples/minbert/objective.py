@@ -13,7 +13,7 @@ from smartreg.results import SmartStats
 
 from .batching import Batch
 from .settings import Settings
-from .tasks import task_loss
+from .tasks import Task, task_loss
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,18 @@ class Objective:
         plain: the model inside, which the teacher copies.
         settings: the run's settings.
         total_updates: teacher updates of the whole run (for the paper's schedule of β).
+        task_loss: the loss without regularizers, of (task, outputs, labels).
     """
 
-    def __init__(self, model: nn.Module, plain: nn.Module, settings: Settings, total_updates: int) -> None:
-        self.model, self.settings = model, settings
+    def __init__(
+        self,
+        model: nn.Module,
+        plain: nn.Module,
+        settings: Settings,
+        total_updates: int,
+        task_loss: Callable[[Task, Tensor, Tensor], Tensor] = task_loss,
+    ) -> None:
+        self.model, self.settings, self.task_loss = model, settings, task_loss
         self.smart: dict[str, SmartLoss] = {}
         self.bregman: MomentumBregman | None = None
         if settings.smooth:
@@ -69,7 +77,7 @@ class Objective:
             outputs = forward(self.model)
         if batch.labels is None:
             raise ValueError("batch: expected labels to train on, got a batch of a label-less file")
-        task = total = task_loss(batch.task, outputs, batch.labels)
+        task = total = self.task_loss(batch.task, outputs, batch.labels)
         if smoothness is not None:
             total = total + settings.lambda_s * smoothness
         if self.bregman is not None and settings.mu > 0:

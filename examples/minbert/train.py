@@ -14,6 +14,7 @@ from . import InputError, checkpoint, distributed, run_folder
 from .batching import Step, TokenSet, collate, epoch_steps, fingerprint, micro_batches, share
 from .distributed import Place
 from .evaluate import evaluate
+from .extras import Extras
 from .model import MultitaskModel
 from .objective import Losses, Objective
 from .optimizer import make_optimizer, make_schedule
@@ -45,7 +46,8 @@ class Trainer:
         model: the model, on its device.
         train: training sets; those of `settings.train_tasks` are trained on.
         dev: dev sets, evaluated at the end of every epoch.
-        folder: the run's folder.
+        folder: the run's folder; None keeps nothing, and such a run cannot be resumed.
+        extras: what is added to the run.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class Trainer:
         model: MultitaskModel,
         train: dict[str, TokenSet],
         dev: dict[str, TokenSet],
-        folder: Path,
+        folder: Path | None,
+        extras: Extras | None = None,
     ) -> None:
         self.settings, self.place, self.folder = settings, place, folder
+        self.extras = Extras() if extras is None else extras
         self.model, self.train_sets, self.dev_sets = model, train, dev
         if settings.option == "pretrain":
             model.encoder.requires_grad_(False)
@@ -67,7 +71,8 @@ class Trainer:
         torch.manual_seed(settings.seed * 4096 + place.rank)
         self.wrapped = distributed.wrap(distributed.compiled(model) if settings.compile else model, place)
         self.total_steps = self._total_steps()
-        self.objective = Objective(self.wrapped, model, settings, self.total_steps // settings.inner_steps)
+        updates = self.total_steps // settings.inner_steps
+        self.objective = Objective(self.wrapped, model, settings, updates, self.extras.loss)
         self.optimizer = make_optimizer(model, settings)
         self.schedule = make_schedule(settings.lr_schedule, self.optimizer, self.total_steps)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=settings.amp == "fp16")
@@ -130,19 +135,8 @@ class Trainer:
 
     def _train_step(self, step: Step) -> Losses:
         """One optimizer step on the rows of one task."""
-        settings, place = self.settings, self.place
-        data = self.train_sets[step.task]
-        parts = micro_batches(step.rows, settings.grad_accum)
-        for i, rows in enumerate(parts):
-            own, weight = share(rows, place.rank, place.world)
-            weight *= len(rows) / len(step.rows)
-            batch = collate(data, own, self.model.encoder.config.pad_token_id, place.device)
-            # DDP decides in the forward pass whether the backward exchanges gradients, so no_sync encloses both.
-            with distributed.no_sync(self.wrapped, more_to_come=i + 1 < len(parts)):
-                with self._autocast():
-                    losses = self.objective(batch, self.step)
-                self.scaler.scale(losses.total * weight).backward()
-            self.ledger.add(step.task, losses, len(rows) / len(step.rows), self.step + 1)
+        settings = self.settings
+        losses = self.extras.gradients(lambda: self._backward(step))
         self.scaler.unscale_(self.optimizer)
         if settings.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self._trainable(), settings.max_grad_norm)
@@ -158,11 +152,29 @@ class Trainer:
         self.step += 1
         return losses
 
+    def _backward(self, step: Step) -> Losses:
+        """Adds the gradients of a step to `.grad`; returns the losses of its last micro-batch."""
+        place = self.place
+        data = self.train_sets[step.task]
+        parts = micro_batches(step.rows, self.settings.grad_accum)
+        for i, rows in enumerate(parts):
+            own, weight = share(rows, place.rank, place.world)
+            weight *= len(rows) / len(step.rows)
+            batch = collate(data, own, self.model.encoder.config.pad_token_id, place.device)
+            # DDP decides in the forward pass whether the backward exchanges gradients, so no_sync encloses both.
+            with distributed.no_sync(self.wrapped, more_to_come=i + 1 < len(parts)):
+                with self._autocast():
+                    losses = self.objective(batch, self.step)
+                self.scaler.scale(losses.total * weight).backward()
+            self.ledger.add(step.task, losses, len(rows) / len(step.rows), self.step + 1)
+        return losses
+
     def _end_epoch(self) -> None:
         self._require_numbers()
         limit = self.settings.train_eval_limit
-        train = evaluate(self.model, self.train_sets, self.place, limit, note="train: ")
-        dev = evaluate(self.model, self.dev_sets, self.place, note="dev: ")
+        model = self.extras.evaluated(self)
+        train = evaluate(model, self.train_sets, self.place, limit, note="train: ")
+        dev = evaluate(model, self.dev_sets, self.place, note="dev: ")
         self.history.append(
             {
                 "epoch": self.epoch + 1,
@@ -180,8 +192,9 @@ class Trainer:
         self.ledger.clear()
         self.epoch, self.position, self.epoch_seconds = self.epoch + 1, 0, 0.0
         self.save()
-        if self.place.first:
+        if self.place.first and self.folder is not None:
             run_folder.write_history(self.folder, self.history)
+        self.extras.epoch_ended(self)
 
     @property
     def step_seconds_median(self) -> float | None:
@@ -196,7 +209,9 @@ class Trainer:
                 raise diverged(f"after step {self.step} the weights {name} hold NaN or infinity")
 
     def save(self) -> None:
-        """Writes a checkpoint; every process must call it."""
+        """Writes a checkpoint, if there is a folder for it; every process must call it."""
+        if self.folder is None:
+            return
         self._require_numbers()
         random_states = distributed.random_states(self.place)
 

@@ -1,0 +1,160 @@
+"""The stages of the comparison, and which run comes next: a function of the records that are there.
+
+A stage is one size of data on one set of tasks; arms are compared inside a stage only. There are two kinds. A search
+tries settings of each arm by successive halving, looks at dev alone, and has seeds of its own. An estimate measures
+one setting an arm, the default or what a search has chosen, on the rows held out.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .. import InputError
+from ..tasks import TASKS
+from .arms import ARMS, CAUSES, Choice, choice_of
+from .record import Record
+from .trial import Trial
+
+SEARCH_SEEDS = 1000
+"""The seeds of searches begin here: no estimate has them."""
+
+
+class Rung(NamedTuple):
+    """How many trials of an arm get so far, and how many seeds each has by then."""
+
+    trials: int
+    seeds: int
+
+
+HALVING = (Rung(12, 1), Rung(4, 3))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        tasks: trained on together.
+        rows: training rows a task; None for all that are not held out.
+        arms: compared in it.
+        seeds: of an estimate; 0 for a search.
+        rungs: of a search.
+        settings_from: the search whose choices are estimated; None estimates the defaults.
+        probed: whether spoilt texts, moved embeddings and CFIMDB are measured too.
+        held_out: rows held out; None for the study's own number.
+    """
+
+    tasks: tuple[str, ...]
+    rows: int | None
+    arms: tuple[str, ...]
+    seeds: int = 0
+    rungs: tuple[Rung, ...] = ()
+    settings_from: str | None = None
+    probed: bool = False
+    held_out: int | None = None
+
+
+FIRST = ("plain", "t-vanilla", "ema", "r-drop", "random-smoothing", "smart-printed", "smart", "smart+mbpp")
+SEARCHED = (
+    *("plain", "t-vanilla", "label-smoothing", "entropy", "ema", "neftune", "l2-sp", "sam", "r-drop", "mbpp"),
+    *("random-smoothing", "smart-printed", "smart-packages", "smart", "smart+mbpp"),
+)
+# What is judged beside the arms searched: their settings are those of the arm that they vary.
+JUDGED = {"longer": "t-vanilla"}
+FEW = ("plain", "t-vanilla", "ema", "r-drop", "smart", "smart+mbpp")
+
+STAGES: dict[str, Stage] = {"first": Stage(("sst",), 256, FIRST, seeds=8)}
+for _task, _arms in (("sst", SEARCHED), ("para", FEW), ("sts", FEW)):
+    _search = f"search-{_task}-256"
+    STAGES[_search] = Stage((_task,), 256, _arms, rungs=HALVING)
+    STAGES[f"{_task}-256"] = Stage((_task,), 256, (*_arms, "longer"), 8, settings_from=_search, probed=_task == "sst")
+    STAGES[f"{_task}-64"] = Stage((_task,), 64, FEW, 5, settings_from=_search)
+    STAGES[f"{_task}-1024"] = Stage((_task,), 1024, FEW, 5, settings_from=_search)
+STAGES["sst-all"] = Stage(("sst",), None, ("t-vanilla", "smart+mbpp"), 2, settings_from="search-sst-256")
+STAGES["causes"] = Stage(("sst",), 256, ("t-vanilla", "smart+mbpp", *CAUSES), 5)
+STAGES["causes-tenth"] = Stage(("sst",), 26, ("t-vanilla", "smart+mbpp"), 5)
+
+
+def upcoming(stage: Stage, records: Sequence[Record], searched: Sequence[Record] = ()) -> list[Trial]:
+    """The runs that can be made now, those of one seed together; none if the stage is complete.
+
+    Args:
+        stage: the stage.
+        records: what it has so far.
+        searched: the records of the search that it takes settings from.
+    """
+    done = {record["name"] for record in records}
+    if not stage.rungs:
+        wanted = [
+            Trial(
+                arm, number, choice, seed, stage.tasks, stage.rows, judged=True, probed=stage.probed,
+                held_out=stage.held_out,
+            )
+            for seed in range(stage.seeds)
+            for arm in stage.arms
+            for number, choice in [estimated(stage, arm, searched)]
+        ]  # fmt: skip
+        return [trial for trial in wanted if trial.name not in done]
+    for level in range(len(stage.rungs)):
+        wanted = rung(stage, records, level)
+        missing = [trial for trial in wanted if trial.name not in done]
+        if missing:
+            return missing
+    return []
+
+
+def rung(stage: Stage, records: Sequence[Record], level: int) -> list[Trial]:
+    """All runs of a rung of a search, for every arm equally many; the rung before must be complete."""
+    size = stage.rungs[level]
+    wanted = []
+    for seed in range(SEARCH_SEEDS, SEARCH_SEEDS + size.seeds):
+        for arm in stage.arms:
+            numbers = range(size.trials) if level == 0 else ranking(stage, records, arm, level - 1)[: size.trials]
+            wanted += [
+                Trial(arm, number, choice_of(arm, number), seed, stage.tasks, stage.rows, held_out=stage.held_out)
+                for number in numbers
+            ]
+    return wanted
+
+
+def ranking(stage: Stage, records: Sequence[Record], arm: str, level: int) -> list[int]:
+    """The trials of an arm that reached a rung, best first: by mean main metric on dev after the last epoch."""
+    runs = defaultdict(list)
+    for record in records:
+        if record["arm"] == arm:
+            runs[record["trial"]].append(record)
+    seeds = stage.rungs[level].seeds
+    scores = {
+        number: sum(on_dev(record) for record in found[:seeds]) / seeds
+        for number, found in runs.items()
+        if len(found) >= seeds
+    }
+    return sorted(scores, key=lambda number: (-scores[number], number))
+
+
+def on_dev(record: Record) -> float:
+    """The main metric on dev after the last epoch, its mean over tasks; an undefined one counts as 0."""
+    return sum(values["dev"][TASKS[name].metric] or 0.0 for name, values in record["last"].items()) / len(
+        record["last"]
+    )
+
+
+def estimated(stage: Stage, arm: str, searched: Sequence[Record]) -> tuple[int, Choice]:
+    """The trial number and the choice that an arm is estimated with."""
+    if stage.settings_from is None:
+        return 0, choice_of(arm, 0)
+    search, like = STAGES[stage.settings_from], JUDGED.get(arm, arm)
+    if upcoming(search, searched):
+        raise InputError(f"{stage.settings_from}: is not complete, and this stage takes its settings from it")
+    number = ranking(search, searched, like, len(search.rungs) - 1)[0]
+    return number, ARMS[arm].choice | choice_of(like, number)
+
+
+def check_budget(stage: Stage, records: Sequence[Record]) -> None:
+    """Raises InputError unless every arm of a search has had as many trials and runs as the others."""
+    counts = {arm: sorted(r["trial"] for r in records if r["arm"] == arm) for arm in stage.arms}
+    sizes = {arm: (len(set(trials)), len(trials)) for arm, trials in counts.items()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{arm} {trials} in {runs} runs" for arm, (trials, runs) in sizes.items())
+        raise InputError(f"the arms have had unequal numbers of trials: {listed}")

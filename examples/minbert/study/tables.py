@@ -1,0 +1,184 @@
+"""Every table of the comparison, made of the committed records and of nothing else."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import InputError
+from ..tasks import TASKS
+from .bootstrap import Difference, difference, holm
+from .record import Record, read, read_zero_shot, unpacked
+from .stages import STAGES, Stage, check_budget, on_dev, ranking
+
+REFERENCE = "t-vanilla"
+LEVEL = 0.05
+Array = NDArray[np.float64]
+
+
+class Measure(NamedTuple):
+    """A column: its title, whether less is better, and its numbers in a judged model's record, (rows,) or (1,)."""
+
+    title: str
+    less: bool
+    of: Callable[[dict[str, Any]], Array]
+
+
+def _by_row(name: str) -> Callable[[dict[str, Any]], Array]:
+    """By row where the record has that, which is after the last epoch; else the number of the run."""
+    return lambda held: unpacked(held["by_row"][name]) if "by_row" in held else np.array([held[name]])
+
+
+def _scalar(name: str) -> Callable[[dict[str, Any]], Array]:
+    return lambda held: np.array([held[name]])
+
+
+def measures(task: str) -> list[Measure]:
+    """The columns of a task. The first two are those that claims are made of."""
+    name = TASKS[task].metric
+    columns = [
+        Measure(name, False, _by_row(name)),
+        Measure("NLL", True, _by_row("nll")),
+        Measure("NLL, scaled", True, _scalar("nll_scaled")),
+    ]
+    if TASKS[task].kind != "score":
+        columns += [Measure("ECE", True, _scalar("ece")), Measure("ECE, scaled", True, _scalar("ece_scaled"))]
+    return columns
+
+
+def make(results: Path) -> str:
+    """All tables of all stages that have complete records, as Markdown."""
+    parts, zero_shot = [], read_zero_shot(results)
+    for name, stage in STAGES.items():
+        records = read(results / name)
+        if not records:
+            continue
+        parts.append(
+            search_table(name, stage, records) if stage.rungs else estimate_tables(name, stage, records, zero_shot)
+        )
+    if not parts:
+        raise InputError(f"{results}: no records; make some with the command `run`")
+    return "\n".join(parts)
+
+
+def estimate_tables(name: str, stage: Stage, records: Sequence[Record], zero_shot: dict[str, float]) -> str:
+    """What an estimate shows: differences from `t-vanilla` at the last and at the best epoch, cost, probes."""
+    by_arm, seeds = paired(stage, records)
+    first = by_arm[REFERENCE][0]
+    text = [f"## {name}\n", _heading(stage, first, len(seeds), len(by_arm))]
+    for task in stage.tasks:
+        for moment in ("last", "best"):
+            text.append(_table(task, moment, by_arm, zero_shot.get(task)))
+    if "probes" in first:
+        text.append(_probes(by_arm))
+    return "\n".join(text)
+
+
+def paired(stage: Stage, records: Sequence[Record]) -> tuple[dict[str, list[Record]], list[int]]:
+    """The runs of each arm by the seeds that all arms have.
+
+    An arm without any run, and a seed that some arm still lacks, are left out while the stage is in the making.
+
+    Raises:
+        InputError: the reference has no run yet, or no two seeds are complete.
+    """
+    runs = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in stage.arms}
+    runs = {arm: found for arm, found in runs.items() if found}
+    seeds = sorted(set.intersection(*(set(found) for found in runs.values()))) if runs else []
+    if REFERENCE not in runs or len(seeds) < 2:
+        raise InputError(f"expected two seeds or more with all arms, {REFERENCE} among them; got {len(seeds)}")
+    return {arm: [found[seed] for seed in seeds] for arm, found in runs.items()}, seeds
+
+
+def matrix(runs: Sequence[Record], task: str, moment: str, measure: Measure) -> Array:
+    """A measure by seed and row, (seeds, rows)."""
+    return np.stack([measure.of(run[moment][task]["held_out"]) for run in runs])
+
+
+def _heading(stage: Stage, first: Record, seeds: int, arms: int) -> str:
+    rows = "all that are left" if stage.rows is None else f"{stage.rows}"
+    tested = 2 * (arms - 1)
+    return (
+        f"Tasks {', '.join(stage.tasks)}; training rows a task: {rows}; seeds: {seeds}; code {first['code']}, "
+        f"commit {first['commit'][:10]}.\nIn brackets the difference from {REFERENCE} and its 95 % interval. \\*: "
+        f"its p-value, adjusted by Holm for {tested} comparisons\n(each arm's two first columns), is below {LEVEL:g}.\n"
+    )
+
+
+def _table(task: str, moment: str, by_arm: dict[str, list[Record]], zero_shot: float | None) -> str:
+    columns = measures(task)
+    values = {arm: [matrix(runs, task, moment, column) for column in columns] for arm, runs in by_arm.items()}
+    gaps: dict[str, list[Difference]] = {
+        arm: [difference(own, other) for own, other in zip(found, values[REFERENCE], strict=True)]
+        for arm, found in values.items()
+        if arm != REFERENCE
+    }
+    adjusted = holm({f"{arm} {i}": gaps[arm][i].p for arm in gaps for i in range(2)})
+    lines = [
+        f"### {task}, {moment} epoch\n",
+        f"| arm | {' | '.join(column.title for column in columns)} | cost |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    if zero_shot is not None:
+        lines.append(f"| untrained | {zero_shot:.4f} |" + " |" * len(columns))
+    for arm, found in values.items():
+        cells = []
+        for i, own in enumerate(found):
+            star = "\\*" if i < 2 and adjusted.get(f"{arm} {i}", 1.0) < LEVEL else ""
+            cells.append(f"{own.mean():.4f}" + (_bracket(gaps[arm][i]) + star if arm in gaps else ""))
+        lines.append(f"| {arm} | {' | '.join(cells)} | {cost(by_arm[arm], by_arm[REFERENCE]):.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _bracket(gap: Difference) -> str:
+    return f" ({gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}])"
+
+
+def cost(runs: Sequence[Record], reference: Sequence[Record]) -> float:
+    """CPU time of an arm's training over the reference's, the median over seeds of the ratio."""
+    times = [[run["cpu_seconds_a_step"] * run["steps"] for run in each] for each in (runs, reference)]
+    return float(np.median(np.array(times[0]) / np.array(times[1])))
+
+
+def _probes(by_arm: dict[str, list[Record]]) -> str:
+    """Main metrics under perturbation, means over seeds."""
+    first = by_arm[REFERENCE][0]["probes"]
+    names = [(task, probe) for task, found in first.items() for probe in found]
+    lines = [
+        "### perturbed inputs, last epoch\n",
+        f"| arm | {' | '.join(f'{task}: {probe}' for task, probe in names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for arm, runs in by_arm.items():
+        cells = []
+        for task, probe in names:
+            values = np.array([run["probes"][task][probe][TASKS[task].metric] for run in runs])[:, None]
+            others = np.array([run["probes"][task][probe][TASKS[task].metric] for run in by_arm[REFERENCE]])[:, None]
+            gap = "" if arm == REFERENCE else _bracket(difference(values, others))
+            cells.append(f"{values.mean():.4f}{gap}")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\nThese intervals are over seeds; the rows are taken as they are.\n"
+
+
+def search_table(name: str, stage: Stage, records: Sequence[Record]) -> str:
+    """What a search has chosen, by dev, and that no arm had more trials than another."""
+    check_budget(stage, records)
+    level = len(stage.rungs) - 1
+    lines = [
+        f"## {name}\n",
+        f"Trials an arm: {stage.rungs[0].trials}; chosen by dev after the last epoch.\n",
+        "| arm | trial | dev | choice |",
+        "|---|---|---|---|",
+    ]
+    for arm in stage.arms:
+        best = ranking(stage, records, arm, level)[0]
+        runs = [r for r in records if r["arm"] == arm and r["trial"] == best]
+        choice = ", ".join(f"{key} {_short(value)}" for key, value in runs[0]["choice"].items())
+        lines.append(f"| {arm} | {best} | {np.mean([on_dev(r) for r in runs]):.4f} | {choice} |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,79 @@
+"""Makes the runs of a stage on a few processes of one thread each, until none is left.
+
+The records are the state: a run that has one is done, and one that a lost machine took is made again from its start.
+Two calls at once for the same stage would make the same runs twice, to the same numbers.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..checkpoint import write_text
+from .record import Record, read
+from .stages import STAGES, Stage, check_budget, upcoming
+from .trial import Trial, run
+
+ALONE = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1"}
+"""The environment of a worker: one thread, and no bars of its own."""
+
+
+def complete(
+    name: str, results: Path, data: Path, *, workers: int, device: str = "cpu", encoder: str | None = None
+) -> None:
+    """Makes the runs of a stage that are missing.
+
+    Args:
+        name: of the stage.
+        results: the folder of all records; a stage's are in a folder of its name.
+        data: the data folder.
+        workers: processes.
+        device: where runs compute.
+        encoder: as the example's `--encoder`.
+    """
+    stage = STAGES[name]
+    folder = results / name
+    folder.mkdir(parents=True, exist_ok=True)
+    searched = read(results / stage.settings_from) if stage.settings_from is not None else []
+    while trials := upcoming(stage, read(folder), searched):
+        make(trials, folder, {"folder": data, "device": device, "encoder": encoder}, workers, name)
+    if stage.rungs:
+        check_budget(stage, read(folder))
+
+
+def make(trials: Sequence[Trial], folder: Path, options: dict[str, Any], workers: int, note: str) -> None:
+    """Makes these runs; each record is written as soon as it is there."""
+    os.environ |= ALONE  # read by the children when they start
+    # A forked process would inherit torch's thread pool in whatever state it is.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=alone, max_tasks_per_child=20)
+    with pool:
+        running: dict[Future[Record], Trial] = {pool.submit(run, trial, **options): trial for trial in trials}
+        try:
+            for future in tqdm(as_completed(running), total=len(running), desc=note, unit="run"):
+                text = json.dumps(future.result(), allow_nan=False)
+                write_text(folder / f"{running[future].name}.json", text + "\n")
+        except BaseException:
+            pool.shutdown(cancel_futures=True, wait=False)
+            raise
+
+
+def alone() -> None:
+    """One thread, and room for whoever else uses the machine."""
+    torch.set_num_threads(1)
+    if hasattr(os, "nice"):
+        os.nice(10)
+
+
+def remaining(stage: Stage, records: Sequence[Record], searched: Sequence[Record] = ()) -> int:
+    """How many runs of a stage are still to be made, the later rungs of a search counted by their sizes."""
+    if not stage.rungs:
+        return len(upcoming(stage, records, searched))
+    before = [0, *(rung.seeds for rung in stage.rungs)]
+    total = sum(rung.trials * (rung.seeds - seeds) for rung, seeds in zip(stage.rungs, before, strict=False))
+    return total * len(stage.arms) - len(records)

@@ -1,0 +1,245 @@
+"""The comparison of arms: rows, stages, runs that go on, and tables that refuse what cannot be compared."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from example_tools import SAMPLE, tiny_encoder
+
+from minbert import InputError
+from minbert.checkpoint import write_json
+from minbert.study import arms_cli, figures, stages, tables, workers
+from minbert.study.arms import choice_of
+from minbert.study.record import ZERO_SHOT, code_version, packed, read
+from minbert.study.split import parts
+from minbert.study.stages import Rung, Stage, check_budget, ranking, upcoming
+from minbert.study.trial import Trial, run
+
+ESTIMATE = Stage(("sst",), 16, ("t-vanilla", "smart"), seeds=3, held_out=60)
+SEARCH = Stage(("sst",), 16, ("t-vanilla", "smart"), rungs=(Rung(4, 1), Rung(2, 3)), held_out=60)
+CHOSEN = replace(ESTIMATE, arms=("t-vanilla", "smart", "longer"), settings_from="search")
+
+
+@pytest.fixture(autouse=True)
+def small_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"estimate": ESTIMATE, "search": SEARCH, "chosen": CHOSEN}
+    for module in (stages, tables, figures, workers, arms_cli):
+        monkeypatch.setattr(module, "STAGES", table)
+
+
+def made_up(trial: Trial, gain: float = 0.0) -> dict[str, Any]:
+    """A record as a run would leave it, with numbers drawn: `gain` is added to what its seed alone decides."""
+    draw = np.random.default_rng(trial.seed)
+    right = (draw.random(400) < 0.5 + gain).astype(float)
+    nll = draw.gamma(1.0, 1.0, 400) - gain
+    held = {
+        "accuracy": float(right.mean()),
+        "nll": float(nll.mean()),
+        "nll_scaled": 1.0,
+        "ece": 0.1,
+        "ece_scaled": 0.05,
+    }
+    dev = {"accuracy": float(right[:100].mean())}
+    by_row = {"accuracy": packed(right), "nll": packed(nll)}
+    moments = {
+        "last": {"sst": {"dev": dev, "held_out": {**held, "by_row": by_row}}},
+        "best": {"sst": {"dev": dev, "held_out": held}},
+    }
+    return {
+        "name": trial.name, "arm": trial.arm, "trial": trial.number, "seed": trial.seed, "choice": trial.choice,
+        "settings": {"seed": trial.seed, "lr": trial.choice["lr"]}, "code": "abc", "commit": "0123456789ab",
+        "torch": "2", "device": "cpu", "data": f"data of seed {trial.seed}", "steps": 10,
+        "cpu_seconds_a_step": 1 + gain, **moments,
+    }  # fmt: skip
+
+
+def fill(folder: Path, stage: Stage, gains: dict[str, float], searched: list[dict[str, Any]] | None = None) -> None:
+    """Makes up all the runs of a stage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while todo := upcoming(stage, read(folder), searched or []):
+        for trial in todo:
+            gain = gains.get(trial.arm, 0.0) + gains.get(f"{trial.arm} {trial.number}", 0.0)
+            write_json(folder / f"{trial.name}.json", made_up(trial, gain))
+
+
+def test_the_three_parts_never_meet() -> None:
+    one, other = parts(SAMPLE, "sst", 32, seed=0, held_out=60), parts(SAMPLE, "sst", 64, seed=1, held_out=60)
+    ids = {name: {e.id for e in getattr(one, name).examples} for name in one._fields}
+    assert (len(ids["train"]), len(ids["held_out"])) == (32, 60)
+    assert not ids["train"] & ids["held_out"]
+    assert [e.id for e in one.held_out.examples] == [e.id for e in other.held_out.examples]  # fixed once
+    assert ids["train"] != {e.id for e in other.train.examples[:32]}  # a seed draws its own
+    larger = parts(SAMPLE, "sst", 64, seed=0, held_out=60)
+    assert ids["train"] == {e.id for e in larger.train.examples[:32]}
+    everything = parts(SAMPLE, "sst", None, seed=0, held_out=60)
+    assert len(everything.train.examples) == 160 - 60
+    labels = [e.label for e in one.held_out.examples]
+    assert labels != sorted(labels)  # the order is a draw, so that the first rows stand for all
+    with pytest.raises(ValueError, match=r"rows: expected 1 to 100 of sst, where 60 of 160 are kept, got 101"):
+        parts(SAMPLE, "sst", 101, seed=0, held_out=60)
+
+
+def test_a_run_leaves_numbers_and_no_text(tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder", layers=1, size=8)
+    choice = choice_of("smart", 0) | {"epochs": 2, "head_lr": 3e-3}
+    trial = Trial("smart", 0, choice, 0, ("sst",), 16, judged=True, probed=True, held_out=60)
+    record = run(trial, SAMPLE, encoder=str(encoder))
+    again = run(replace(trial, probed=False), SAMPLE, encoder=str(encoder))
+    assert again["last"] == record["last"]  # a run made again has the same numbers
+    assert record["steps"] == 2
+    assert len(record["dev"]) == 2
+    assert record["last"]["sst"]["held_out"]["n"] == 60
+    assert 1 <= record["best_epoch"] <= 2
+    assert set(record["probes"]["sst"]) == {
+        "clean", "typos", "dropped", "swapped", "upper", "embeddings 0.1", "embeddings 0.3", "embeddings 1",
+    }  # fmt: skip
+    assert record["probes"]["cfimdb"]["transfer"]["n"] == 22
+    text = json.dumps(record)
+    assert "by_row" not in record["best"]["sst"]["held_out"]
+    assert len(text) < 6000
+    everything = parts(SAMPLE, "sst", None, 0, 60)
+    rows = [row for part in everything for row in part.examples]
+    pairs = {f"{a} {b}" for row in rows for a, b in itertools.pairwise(row.sentences[0].split())}
+    assert len(pairs) > 1000
+    assert not any(pair in text for pair in pairs)
+    assert not any(row.id in text for row in rows)
+    assert str(tmp_path) not in text
+
+
+def test_a_run_that_comes_apart_is_recorded(tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder", layers=1, size=8)
+    choice = choice_of("t-vanilla", 0) | {"lr": 1e30, "head_lr": 1e30, "epochs": 3}
+    record = run(Trial("t-vanilla", 0, choice, 0, ("sst",), 16, judged=True, held_out=60), SAMPLE, encoder=str(encoder))
+    assert record["last"]["sst"]["held_out"]["nll"] == pytest.approx(np.log(5))  # it says nothing
+    json.dumps(record, allow_nan=False)
+
+
+def test_a_search_does_not_see_the_rows_held_out(tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder", layers=1, size=8)
+    trial = upcoming(SEARCH, [])[1]
+    assert trial.seed >= stages.SEARCH_SEEDS
+    record = run(trial, SAMPLE, encoder=str(encoder))
+    assert "held_out" not in record["last"]["sst"]
+    assert len(record["dev"]) == 1
+    assert "best" not in record
+
+
+def test_a_stage_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    """With two worker processes, on the sample, from the command line's own function."""
+    encoder = tiny_encoder(tmp_path / "encoder", layers=1, size=8)
+    folder = tmp_path / "results" / "estimate"
+    options = {"workers": 2, "encoder": str(encoder)}
+    workers.complete("estimate", tmp_path / "results", SAMPLE, **options)
+    assert len(list(folder.glob("*.json"))) == 6
+    kept, lost = folder / "smart.0.seed1.json", folder / "t-vanilla.0.seed2.json"
+    before, stamp = json.loads(lost.read_text()), kept.stat().st_mtime_ns
+    lost.unlink()
+    workers.complete("estimate", tmp_path / "results", SAMPLE, **options)
+    after = json.loads(lost.read_text())
+    assert kept.stat().st_mtime_ns == stamp
+    assert after["last"] == before["last"]
+    assert before["code"] == code_version()
+    assert arms_cli.main(["report", "--results", str(tmp_path / "results"), "--output-dir", str(tmp_path / "out")]) == 0
+    assert "| smart |" in (tmp_path / "out" / "tables.md").read_text()
+    assert (tmp_path / "out" / "gain-sst.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_halving_gives_every_arm_the_same(tmp_path: Path) -> None:
+    # Of four trials the third is made the best; half are run again on two more seeds.
+    fill(tmp_path, SEARCH, {"smart 2": 0.3, "t-vanilla 1": 0.3})
+    records = read(tmp_path)
+    assert len(records) == 2 * (4 + 2 * 2)
+    assert workers.remaining(SEARCH, records) == 0
+    assert workers.remaining(SEARCH, []) == len(records)
+    assert ranking(SEARCH, records, "smart", 1)[0] == 2
+    assert ranking(SEARCH, records, "t-vanilla", 1)[0] == 1
+    check_budget(SEARCH, records)
+    fewer = [record for record in records if record["name"] != "smart.2.seed1001"]
+    with pytest.raises(InputError, match=r"unequal numbers of trials: t-vanilla 4 in 8 runs, smart 4 in 7 runs"):
+        check_budget(SEARCH, fewer)
+
+
+def test_an_estimate_takes_what_the_search_chose(tmp_path: Path) -> None:
+    fill(tmp_path, SEARCH, {"smart 2": 0.3, "t-vanilla 1": 0.3})
+    searched = read(tmp_path)
+    trials = {trial.arm: trial for trial in upcoming(CHOSEN, [], searched)}
+    assert trials["smart"].choice == choice_of("smart", 2)
+    assert trials["longer"].choice == {**choice_of("t-vanilla", 1), "stretch": 7 / 3}
+    assert all(trial.judged for trial in trials.values())
+    with pytest.raises(InputError, match="search: is not complete"):
+        upcoming(CHOSEN, [], searched[1:])
+
+
+def test_tables_of_made_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path / "estimate", ESTIMATE, {"smart": 0.25})
+    fill(tmp_path / "search", SEARCH, {"smart 2": 0.3})
+    write_json(tmp_path / ZERO_SHOT, {"sst": 0.2251})
+    text = tables.make(tmp_path)
+    line = next(line for line in text.splitlines() if line.startswith("| smart |"))
+    gain = np.mean([(np.random.default_rng(s).random(400) < 0.75).mean() for s in range(3)])
+    assert f"| {gain:.4f} (+" in line
+    assert "\\*" in line  # a gain of 0.25 on 400 rows and three seeds that agree
+    assert line.endswith("| 1.25 |")  # made up as 1.25 times the CPU time a step
+    assert "adjusted by Holm for 2 comparisons" in text
+    assert "| smart | 2 |" in text
+    assert "| untrained | 0.2251 |" in text
+    assert arms_cli.main(["status", "--results", str(tmp_path)]) == 0
+    assert "estimate: 6 done, 0 to do" in capsys.readouterr().out
+
+
+def test_half_made_stages_are_paired_by_what_all_arms_have(tmp_path: Path) -> None:
+    fill(tmp_path, ESTIMATE, {})
+    records = [record for record in read(tmp_path) if record["name"] != "smart.0.seed1"]
+    by_arm, seeds = tables.paired(ESTIMATE, records)
+    assert seeds == [0, 2]
+    assert [[run["seed"] for run in runs] for runs in by_arm.values()] == [[0, 2], [0, 2]]
+    with pytest.raises(InputError, match="expected two seeds or more with all arms"):
+        tables.paired(ESTIMATE, [record for record in records if record["seed"] != 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("code", "def", r"smart\.0\.seed0 has code 'abc', t-vanilla\.0\.seed2 has 'def'"),
+        ("torch", "3", "has torch '2'"),
+        ("data", "other rows", "has data 'data of seed 2'"),
+        ("settings", {"seed": 2, "lr": 1.0}, r"t-vanilla\.0\.seed0 and t-vanilla\.0\.seed2 were made with different"),
+        ("choice", {}, "were made with different settings"),
+    ],
+)
+def test_mixed_runs_are_refused(name: str, value: object, message: str, tmp_path: Path) -> None:
+    fill(tmp_path, ESTIMATE, {})
+    file = tmp_path / "t-vanilla.0.seed2.json"
+    write_json(file, {**json.loads(file.read_text()), name: value})
+    with pytest.raises(InputError, match=message):
+        read(tmp_path)
+
+
+def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert arms_cli.main(["run", "estimate", "--data-dir", str(SAMPLE), "--workers", "0"]) == 2
+    assert "--workers: expected a whole number of at least 1, got 0" in capsys.readouterr().err
+    assert arms_cli.main(["report", "--results", str(tmp_path)]) == 2
+    assert "no records" in capsys.readouterr().err
+    assert arms_cli.main(["run", "best"]) == 2
+    assert "invalid choice: 'best'" in capsys.readouterr().err
+    (tmp_path / "estimate").mkdir()
+    (tmp_path / "estimate" / "x.json").write_text("{")
+    assert arms_cli.main(["status", "--results", str(tmp_path)]) == 2
+    assert "remove it to have the run made again" in capsys.readouterr().err
+
+
+def test_the_code_is_known_by_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minbert.study import record
+
+    monkeypatch.setattr(record, "PACKAGE", tmp_path)
+    monkeypatch.setattr(record, "NUMBERS_FOLLOW_FROM", ())
+    file = tmp_path / "a.py"
+    versions = []
+    for text in ("x = 1\n", '"""Says what."""\nx  =  1  # why\n', "x = 2\n"):
+        file.write_text(text)
+        versions.append(code_version())
+    assert versions[0] == versions[1] != versions[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 WINGS = ("_ascent", "_model", "_teacher", "_divergences")
-FORMULAS = ("_divergences",)
+FORMULAS = ("_divergences", "_masks")
 SUPPORT = ("_loss_scale", "_outputs", "_warnings", "_wrappers", "divergences")
 MECHANISMS = ("_ascent", "_model", "_teacher")
 PUBLIC = ("bregman", "diagnosis", "functional", "results", "schedule", "smart")

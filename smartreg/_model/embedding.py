@@ -165,6 +165,11 @@ def _require_embeddings(module: nn.Module, output: object) -> None:
             f"embedding must be a module that returns one floating-point tensor, got {found} from "
             f"{type(module).__name__}"
         )
+    if output.is_nested or output.layout is not torch.strided:
+        raise TypeError(
+            f"embedding must return a dense tensor, got a {'nested' if output.is_nested else output.layout} one from "
+            f"{type(module).__name__}: pad the batch, and pass mask= for what is padding"
+        )
     if output.ndim < 2:
         raise ValueError(
             f"embedding must return (batch, ..., feature), got shape {tuple(output.shape)} from {type(module).__name__}"
@@ -180,9 +185,25 @@ def input_embeddings(model: nn.Module, embedding: nn.Module | str | None) -> tup
             that holds the same weight: T5 and BART return one that is never called.
 
     Raises:
-        TypeError: `embedding` is none of these.
+        TypeError: `embedding` is none of these, or stands in a scripted part of the model.
         ValueError: There is no such submodule, or the model does not tell its input embedding.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model must run in Python, where a hook can change what its embedding returns, got a scripted one: make "
+            "SmartLoss from the module that was scripted, and script it for inference"
+        )
+    found = _found(model, embedding)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in found):
+        raise TypeError(
+            f"embedding must run in Python, where a hook can change what it returns, got one inside of a scripted "
+            f"{type(model).__name__}: make SmartLoss around the model before torch.jit.script, or leave the embedding "
+            f"out of the scripted part"
+        )
+    return found
+
+
+def _found(model: nn.Module, embedding: nn.Module | str | None) -> tuple[nn.Module, ...]:
     if isinstance(embedding, str):
         try:
             return (model.get_submodule(embedding),)

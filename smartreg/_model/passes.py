@@ -14,9 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 from smartreg._model.embedding import EmbeddingPass, EmbeddingTap
 from smartreg._model.replay import ModuleState, RandomState, devices_of, frozen
 from smartreg._outputs import OutputToLogits, compared_tensors
-from smartreg._wrappers import is_compiled, unwrapped, without_ddp
+from smartreg._wrappers import code_of, is_compiled, unwrapped, without_ddp
 
 Forward = Callable[[nn.Module], Any]
+
+
+def check_forward(forward: object) -> None:
+    """Raises a `TypeError` unless the argument can be called."""
+    if not callable(forward):
+        kind = type(forward).__name__
+        raise TypeError(f"forward must be a function of the module, as in lambda m: m(**batch), got {kind}")
 
 
 @dataclass(frozen=True)
@@ -125,11 +132,25 @@ class ModelPasses:
         static = isinstance(self._model, DistributedDataParallel) and self._model.static_graph
         return not static and not is_compiled(self._inner) and not any(map(_watches_backward, self._module.modules()))
 
-    def reference_without_autocast(self) -> tuple[Tensor, ...]:
-        """The tensors to compare from a replay of the first pass with the user's autocast off, detached."""
-        with self._replayed(), self._autocast(False), self._without_saving(EmbeddingPass()):
+    @property
+    def kind(self) -> object:
+        """The code of `forward`, and the mode of the model: what can be repeated here need not be elsewhere."""
+        return code_of(self._forward), self._module.training
+
+    def repeated(self, *, autocast: bool = True) -> tuple[Tensor, ...]:
+        """The tensors to compare from a replay of the first pass, without a perturbation, detached.
+
+        Args:
+            autocast: False switches the user's autocast off.
+        """
+        record = EmbeddingPass(attached=self._first.attached)  # as the first, for the graphs of torch.compile
+        with self._replayed(), self._autocast(autocast), self._without_saving(record):
             compared = compared_tensors(self._forward(self._inner), self._output_to_logits)
             return tuple(tensor.detach() for tensor in compared)
+
+    def reference_without_autocast(self) -> tuple[Tensor, ...]:
+        """The tensors to compare from a replay of the first pass with the user's autocast off, detached."""
+        return self.repeated(autocast=False)
 
     @contextlib.contextmanager
     def perturbed(

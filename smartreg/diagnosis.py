@@ -202,7 +202,8 @@ def _unchanged(smart: SmartLoss) -> Iterator[None]:
     module = unwrapped(smart.model)
     drawn = None if smart.generator is None else smart.generator.get_state()
     try:
-        with RandomState(devices_of(module)).replayed(), ModuleState(module).replayed():
+        state = ModuleState(module)
+        with RandomState(devices_of(module), state.held.generators).replayed(), state.replayed():
             yield
     finally:
         if smart.generator is not None and drawn is not None:

@@ -192,7 +192,9 @@ class _FunctionPasses:
     def clean(self) -> Any:
         """What `fn` returns for the embeddings as they are."""
         with self._random.draws:
-            return self._fn(self._embeds)
+            outputs = self._fn(self._embeds)
+        self._random.keep_clean()
+        return outputs
 
     @contextlib.contextmanager
     def perturbed(

@@ -225,7 +225,8 @@ class SmartLoss(nn.Module):
         query = Query(resolved, mask, noise, output_mask)
         adversary = Adversary(self.settings, self.generator, self._looks)
         run = self._efficient if self.memory_efficient and torch.is_grad_enabled() else self._standard
-        return run(passes, adversary, query)
+        with passes:
+            return run(passes, adversary, query)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -263,7 +264,7 @@ class SmartLoss(nn.Module):
         mark = graph_mark()
         # With a detached reference the penalty stays apart from the clean graph, as in the standard mode.
         leaves = None if detached else passes.embeddings_as_leaves()
-        with passes.perturbed(found.perturbations, bases=leaves) as perturbed:
+        with passes.perturbed(found.perturbations, bases=leaves, inner=True) as perturbed:
             value = divergence_of(query.divergence, perturbed, reference, query.output_mask)
             scale = self._looks.loss_scale.get(value.device, *begin.objective.dtypes, *(p.dtype for p in perturbed))
             stored = StoredGradients.of(value, (*reference, *(leaves or ())), mark, scale)

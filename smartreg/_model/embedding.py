@@ -17,8 +17,8 @@ class Lookup(NamedTuple):
 
     Inputs on the CPU are copied and compared by value. On an accelerator, where that would wait for the device, they
     are kept, so that nothing else gets their memory: what has the same memory, layout and number of writes as they had
-    then is the same. What `forward` computes anew in every pass counts as another input there, whose look-up has an output,
-    and a gradient, of its own.
+    then is the same. What `forward` computes anew in every pass counts as another input there, whose look-up has an
+    output, and a gradient, of its own.
     """
 
     module: nn.Module

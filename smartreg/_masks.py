@@ -57,10 +57,15 @@ def as_booleans(name: str, mask: object, fits: Callable[[torch.Size], bool], exp
     return mask != 0
 
 
+def reading_waits(tensor: Tensor) -> bool:
+    """Whether Python has to wait for a device before it knows a value."""
+    return tensor.device.type != "cpu"
+
+
 def _worth_a_look(name: str, mask: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return False
-    if mask.device.type == "cpu" or mask.is_floating_point():
+    if not reading_waits(mask) or mask.is_floating_point():
         return True
     key = (name, mask.device, mask.dtype)
     seen = key in _looked_at

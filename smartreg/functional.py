@@ -159,7 +159,7 @@ def smoothness_penalty(
     fixed = tuple(tensor.detach() for tensor in clean.compared) if detach_reference else clean.compared
     with passes.perturbed(found.perturbations) as perturbed:
         penalty = divergence_of(resolved, perturbed, fixed, output_mask)
-    looks.outcome.look(clean.compared, found, penalty.detach())
+    looks.outcome.look(clean.compared, found, penalty.detach(), output_mask)
     return SmartOutput(outputs, penalty)
 
 

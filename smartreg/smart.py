@@ -250,7 +250,7 @@ class SmartLoss(nn.Module):
         reference = tuple(tensor.detach() for tensor in clean.compared) if detached else clean.compared
         with passes.perturbed(found.perturbations, bases=clean.shared_lookups) as perturbed:
             penalty = divergence_of(query.divergence, perturbed, reference, query.output_mask)
-        self._record(found, penalty, clean)
+        self._record(found, penalty, clean, query.output_mask)
         return SmartOutput(clean.outputs, penalty)
 
     def _efficient(self, passes: ModelPasses, adversary: Adversary, query: Query) -> SmartOutput:
@@ -269,17 +269,17 @@ class SmartLoss(nn.Module):
             scale = self._looks.loss_scale.get(value.device, *begin.objective.dtypes, *(p.dtype for p in perturbed))
             stored = StoredGradients.of(value, (*reference, *(leaves or ())), mark, scale)
         self._looks.loss_scale.lower_on_overflow(scale, stored.all())
-        self._record(found, stored.value, first)
+        self._record(found, stored.value, first, query.output_mask)
         share_lookups = leaves is not None
         del perturbed, value, begin, found, leaves, reference, first  # nothing of the freed graph need outlive it
         clean = passes.clean_again(share_lookups=share_lookups)
         return SmartOutput(clean.outputs, stored.attach((*clean.compared, *(clean.shared_lookups or ()))))
 
-    def _record(self, found: Found, penalty: Tensor, clean: CleanPass) -> None:
+    def _record(self, found: Found, penalty: Tensor, clean: CleanPass, output_mask: OutputMask) -> None:
         self._remember_draws = worth_remembering(clean.embeddings)
         penalty = penalty.detach()
         start = penalty if found.start_divergence is None else found.start_divergence
-        self._looks.outcome.look(clean.compared, found, penalty)
+        self._looks.outcome.look(clean.compared, found, penalty, output_mask)
         self.stats = SmartStats(penalty, start, found.largest(), found.bad_examples, found.radius_used)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -130,7 +130,8 @@ class Adversary:
         objective, balls, start = position
         if self.looks.precision is not None:
             with passes.same_dropout():
-                self.looks.precision.look(objective, balls, start.perturbations, clean.autocast_dtype)
+                if self.looks.precision.look(objective, balls, start.perturbations, clean.autocast_dtype):
+                    self.looks.outcome.expect_nothing()
         if clean.autocast_dtype is not None and not self.settings.ascent_autocast:
             run = partial(passes.perturbed, freeze=True, autocast=False)
             objective = replace(objective, run=run, reference=passes.reference_without_autocast())

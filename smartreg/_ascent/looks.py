@@ -16,6 +16,8 @@ from smartreg._ascent.search import Found
 from smartreg._ascent.settings import SmartSettings
 from smartreg._ascent.start import warn_if_nothing_to_follow
 from smartreg._loss_scale import LossScale
+from smartreg._masks import reading_waits
+from smartreg._outputs import OutputMask, keep_of
 from smartreg._warnings import warn
 from smartreg.divergences import Divergence
 
@@ -116,16 +118,21 @@ class OutcomeCheck:
         if "flat" not in self._said and warn_if_nothing_to_follow(settings, divergence):
             self._said.update(("flat", "idle"))
 
-    def look(self, clean: Sequence[Tensor], found: Found, penalty: Tensor) -> None:
+    def expect_nothing(self) -> None:
+        """A perturbation without effect is no news, since something has been said about it."""
+        self._said.add("idle")
+
+    def look(self, clean: Sequence[Tensor], found: Found, penalty: Tensor, output_mask: OutputMask) -> None:
         """Warn if no example was perturbed to any effect, or the penalty is not finite.
 
         Args:
             clean: The tensors to compare of the clean pass.
             found: What the search found.
             penalty: The value, detached.
+            output_mask: Which positions were compared.
         """
         self._calls += 1
-        if penalty.device.type != "cpu" and self._calls > self._CALLS:
+        if reading_waits(penalty) and self._calls > self._CALLS:
             return
         value = float(penalty)
         if not -torch.inf < value < torch.inf:
@@ -133,6 +140,8 @@ class OutcomeCheck:
                 self._said.add("broken")
                 warn(_broken(value, clean))
         elif "idle" not in self._said and found.moves and (value == 0.0 or bool(found.all_bad)):
+            if not all(keep is None or bool(keep.any()) for keep in keep_of(output_mask, clean)):
+                return  # there was nothing to compare
             self._said.add("idle")
             warn(
                 f"no example of this call had a perturbation that changes its output ({int(found.bad_examples)} "

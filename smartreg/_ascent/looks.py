@@ -139,7 +139,7 @@ class OutcomeCheck:
             if "broken" not in self._said:
                 self._said.add("broken")
                 warn(_broken(value, clean))
-        elif "idle" not in self._said and found.moves and (value == 0.0 or bool(found.all_bad)):
+        elif "idle" not in self._said and found.moves and (value == 0.0 or _all_bad(found)):
             if not all(keep is None or bool(keep.any()) for keep in keep_of(output_mask, clean)):
                 return  # there was nothing to compare
             self._said.add("idle")
@@ -150,6 +150,14 @@ class OutcomeCheck:
                 f"pass ~mask if it marks padding. Or the output does not depend on the embeddings there, or its "
                 f"gradients are not finite"
             )
+
+
+def _all_bad(found: Found) -> bool:
+    """Whether no example had a gradient, other than for a loss scale that float16 has yet to find."""
+    embedded = found.balls[0].embeddings
+    device = embedded.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.float16 not in (embedded.dtype, autocast) and bool(found.all_bad)
 
 
 def _broken(value: float, clean: Sequence[Tensor]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smartreg.divergences import Divergence, kind_of
+from smartreg._masks import as_booleans, as_sequence
+from smartreg.divergences import Divergence, kind_of, name_of
 
 OutputToLogits = Callable[[Any], Tensor | Sequence[Tensor]]
 OutputMask = Tensor | Sequence[Tensor | None] | None
@@ -138,7 +141,7 @@ def keep_of(output_mask: OutputMask, compared: Sequence[Tensor]) -> list[Tensor 
     """
     masks: Sequence[Tensor | None] = [None] * len(compared)
     if output_mask is not None:
-        masks = [output_mask] if isinstance(output_mask, Tensor) else list(output_mask)
+        masks = as_sequence("output_mask", output_mask, of=(Tensor, NoneType))
     if len(masks) != len(compared):
         raise ValueError(
             f"output_mask must be one tensor for each tensor to compare, in order: expected {len(compared)}, "
@@ -149,15 +152,13 @@ def keep_of(output_mask: OutputMask, compared: Sequence[Tensor]) -> list[Tensor 
         if mask is None:
             keeps.append(None)
             continue
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"output_mask must be a tensor of 0 and 1 or booleans, got {type(mask).__name__}")
-        if mask.ndim == 0 or mask.shape != tensor.shape[: mask.ndim]:
-            raise ValueError(
-                f"output_mask must have the leading shape of the tensor to compare, {tuple(tensor.shape)} without the "
-                f"classes, got {tuple(mask.shape)}"
-            )
-        keeps.append((mask != 0).to(tensor.device))
+        expected = f"have the leading shape of the tensor to compare, {tuple(tensor.shape)} without the classes"
+        keeps.append(as_booleans("output_mask", mask, partial(_leads, tensor.shape), expected).to(tensor.device))
     return keeps
+
+
+def _leads(whole: torch.Size, shape: torch.Size) -> bool:
+    return len(shape) > 0 and shape == whole[: len(shape)]
 
 
 def _logits(output: object) -> tuple[Tensor, ...]:
@@ -205,6 +206,12 @@ def _scalar(divergence: Divergence, first: Tensor, second: Tensor, keep: Tensor 
             f"two passes of one model must return tensors of one shape to compare, got {tuple(first.shape)} and "
             f"{tuple(second.shape)}"
         )
+    if first.ndim < 2 and kind_of(divergence) == "softmax":
+        raise ValueError(
+            f"{_plain_name(divergence)} needs logits (batch, ..., classes), got {tuple(first.shape)}, whose softmax "
+            f"would take the examples of the batch for classes. For one logit an example use binary_symmetric_kl, or "
+            f"mse if it is a regression"
+        )
     value = divergence(first, second) if keep is None else _masked(divergence, first, second, keep)
     if not isinstance(value, Tensor):
         raise TypeError(f"divergence must return a scalar tensor, got {type(value).__name__}")
@@ -215,6 +222,10 @@ def _scalar(divergence: Divergence, first: Tensor, second: Tensor, keep: Tensor 
     if not value.is_floating_point():
         raise TypeError(f"divergence must return a floating-point tensor, got {value.dtype}")
     return value
+
+
+def _plain_name(divergence: Divergence) -> str:
+    return _plain_name(divergence.func) if isinstance(divergence, partial) else name_of(divergence)
 
 
 def _masked(divergence: Divergence, first: Tensor, second: Tensor, keep: Tensor) -> Tensor:

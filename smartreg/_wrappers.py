@@ -1,4 +1,4 @@
-"""What wraps a model (DDP, `torch.compile`): take it off, and notice whether what is inside ran."""
+"""What wraps a model (DDP, `torch.compile`) or a function: what is inside, and whether it ran."""
 
 from __future__ import annotations
 
@@ -64,6 +64,20 @@ def _is_optimized(module: nn.Module) -> bool:
     # torch._dynamo takes longer to import than torch itself, and while nobody has imported it nothing is compiled.
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def code_of(function: Any) -> object:
+    """The code that a function runs, which a lambda in a loop shares with the one of the step before.
+
+    Examples:
+        >>> first, second = [lambda: 1 for _ in range(2)]
+        >>> first is second, code_of(first) is code_of(second)
+        (False, True)
+    """
+    while isinstance(function, partial):
+        function = function.func
+    function = getattr(function, "__func__", function)  # of a bound method, which is another object every time too
+    return getattr(function, "__code__", function)
 
 
 @contextmanager

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from smartreg._model.replay import ModuleState, RandomState, devices_of
 from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
-from smartreg._teacher.parameters import listed
+from smartreg._teacher.modes import Distance, check_shapes, in_train_mode, look_at_modes
+from smartreg._teacher.saved import misfit, unsound
 from smartreg._teacher.teacher import Teacher
 from smartreg._typing import typed_as
-from smartreg._wrappers import noting_calls
+from smartreg._wrappers import innermost, noting_calls
 from smartreg.divergences import Divergence, name_of, resolve_divergence
 
 Forward = Callable[[nn.Module], Any]
@@ -58,6 +60,8 @@ class MomentumBregman(nn.Module):
             copy cannot be made, as with FSDP2: build it before sharding, and shard it in the same way.
         output_to_logits: From what `forward` returned to the tensor, or the sequence of tensors, to compare. None: a
             tensor is itself, otherwise `.logits` or `["logits"]`.
+        check_first_call: Run the teacher twice more in the first call, in train mode, and warn if the model answers
+            otherwise in eval mode: the penalty would measure that.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -85,8 +89,10 @@ class MomentumBregman(nn.Module):
     beta: float | Callable[[int], float]
     divergence: Divergence
     output_to_logits: OutputToLogits | None
+    check_first_call: bool
     updates: int
     _teacher: Teacher
+    _looked: bool
 
     def __init__(
         self,
@@ -96,6 +102,7 @@ class MomentumBregman(nn.Module):
         divergence: str | Divergence = "symmetric_kl",
         teacher: nn.Module | None = None,
         output_to_logits: OutputToLogits | None = None,
+        check_first_call: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -103,9 +110,12 @@ class MomentumBregman(nn.Module):
         if not callable(beta):
             _checked_beta(beta)
         check_output_to_logits(output_to_logits)
+        if not isinstance(check_first_call, bool):
+            raise TypeError(f"check_first_call must be True or False, got {check_first_call!r}")
         # Past the registration of submodules: a divergence may be a module, and a Teacher holds two.
         settings = {"beta": beta, "divergence": resolve_divergence(divergence), "output_to_logits": output_to_logits}
-        self.__dict__.update(settings, updates=0, _teacher=Teacher(model, teacher))
+        looks = {"check_first_call": check_first_call, "_looked": False}
+        self.__dict__.update(settings, **looks, updates=0, _teacher=Teacher(model, teacher))
 
     @property
     def teacher(self) -> nn.Module:
@@ -166,7 +176,22 @@ class MomentumBregman(nn.Module):
                 "argument, as in `lambda m: m(**batch)`, not the model"
             )
         teacher = compared_tensors(teacher_outputs, self.output_to_logits)
+        check_shapes(student, teacher)
+        if self.check_first_call:
+            self._look_at_modes(forward, teacher, partial(divergence_of, compare, output_mask=output_mask))
         return divergence_of(compare, student, teacher, output_mask)
+
+    def _look_at_modes(self, forward: Forward, answer: tuple[Tensor, ...], distance: Distance) -> None:
+        """Once, and while model and teacher are still equal, so that any difference is one of train and eval mode."""
+        looked, self.__dict__["_looked"] = self._looked, True
+        if looked or self.updates or not self._teacher.equals_model():
+            return
+        inner = innermost(self._teacher.module)
+        state = ModuleState(inner)
+        random = RandomState(devices_of(inner), state.held.generators)
+        with torch.no_grad(), self._teacher.lent() as module, state.replayed(), random.replayed(), in_train_mode(inner):
+            trained = [compared_tensors(forward(module), self.output_to_logits) for _ in range(2)]
+        look_at_modes(answer, trained, distance)
 
     def update(self) -> None:
         """Moves the teacher by one step of the average; call it after `optimizer.step()`.
@@ -230,32 +255,16 @@ class MomentumBregman(nn.Module):
         missing_keys.extend(prefix + name for name in missing)
         if missing:
             return
-        updates = int(mine.pop("updates"))
+        updates = mine.pop("updates")
         shared = set(bytes(mine.pop("shared_names").tolist()).decode().split("\n")) - {""}
         averages = {key.removeprefix("average."): mine.pop(key) for key in list(mine) if key.startswith("average.")}
         unexpected_keys.extend(prefix + key for key in mine)
-        wrong = _misfit(self._teacher, averages, shared)
+        wrong = misfit(self._teacher.pairs(), averages, shared) or unsound(updates, averages)
         if wrong:
-            error_msgs.append(f"the saved averages are of other parameters than the model's: {wrong}")
+            error_msgs.append(wrong)
             return
         self._teacher.restore(averages)
-        self.updates = updates
-
-
-def _misfit(teacher: Teacher, averages: dict[str, Tensor], shared: set[str]) -> str:
-    """What keeps saved averages from being taken over, in words; empty if nothing does."""
-    pairs = teacher.pairs()
-    saved = averages.keys() | shared
-    parts = {
-        "only in the state": listed(saved - pairs.keys()),
-        "only in the model": listed(pairs.keys() - saved),
-        "of another shape": listed(
-            f"{name} is {tuple(average.shape)} in the state, {tuple(pairs[name].teacher.shape)} in the model"
-            for name, average in averages.items()
-            if name in pairs and pairs[name].teacher.shape != average.shape
-        ),
-    }
-    return "; ".join(f"{what}: {names}" for what, names in parts.items() if names)
+        self.updates = int(updates)
 
 
 def paper_beta(total_steps: int) -> Callable[[int], float]:

@@ -15,8 +15,7 @@ from smartreg._ascent.adversary import Adversary, Query
 from smartreg._ascent.precision import REQUIRED_COSINE
 from smartreg._ascent.start import Masks, noise_start
 from smartreg._ascent.sweep import Sweep, ratio
-from smartreg._loss_scale import LossScale
-from smartreg._model.passes import Forward, ModelPasses
+from smartreg._model.passes import Forward, ModelPasses, check_forward
 from smartreg._model.replay import ModuleState, RandomState, devices_of
 from smartreg._outputs import OutputMask
 from smartreg._wrappers import unwrapped
@@ -103,6 +102,7 @@ def diagnose(
     Reference:
         Jiang et al., SMART, ACL 2020, section 3.1, doi 10.18653/v1/2020.acl-main.197, for the penalty.
     """
+    check_forward(forward)
     sizes = _checked_sizes(epsilons)
     if isinstance(reference_steps, bool) or not isinstance(reference_steps, int) or reference_steps < 0:
         raise ValueError(f"reference_steps must be an int of 0 or more, got {reference_steps!r}")
@@ -148,7 +148,7 @@ def _swept_batch(smart: SmartLoss, forward: Forward, query: Query) -> Sweep:
     """The clean pass of a sweep, and what the passes around it need."""
     passes = ModelPasses(smart.model, smart._attached(), forward, smart.output_to_logits, shared_dropout=True)
     clean = passes.reference()
-    adversary = Adversary(smart.settings, smart.generator, LossScale(), None)
+    adversary = Adversary(smart.settings, smart.generator, replace(smart._looks, precision=None))
     objective, balls, start = adversary.begin(passes, clean, query)
     noise = start if smart.settings.start == "noise" else noise_start(balls, None, smart.generator)
     uniform = replace(adversary, settings=replace(smart.settings, start="towards_uniform"))
@@ -202,7 +202,8 @@ def _unchanged(smart: SmartLoss) -> Iterator[None]:
     module = unwrapped(smart.model)
     drawn = None if smart.generator is None else smart.generator.get_state()
     try:
-        with RandomState(devices_of(module)).replayed(), ModuleState(module).replayed():
+        state = ModuleState(module)
+        with RandomState(devices_of(module), state.held.generators).replayed(), state.replayed():
             yield
     finally:
         if smart.generator is not None and drawn is not None:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from smartreg._ascent.adversary import Adversary, Query
+from smartreg._ascent.looks import Looks
 from smartreg._ascent.objective import Graph
-from smartreg._ascent.precision import PrecisionCheck
 from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings, Start
-from smartreg._ascent.start import Noise, refuse_inference_mode, warn_if_nothing_to_follow
+from smartreg._ascent.start import Noise, check_generator, refuse_surroundings
 from smartreg._loss_scale import LossScale
 from smartreg._model.replay import RandomState, worth_remembering
 from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
+from smartreg._wrappers import code_of
 from smartreg.divergences import Divergence, resolve_divergence
 from smartreg.results import SmartOutput
 
-# What each function has been looked at for; see `_precision_of`.
-_precision: weakref.WeakKeyDictionary[object, PrecisionCheck] = weakref.WeakKeyDictionary()
+# What each function has been looked at for; see `_looks_of`.
+_looks: weakref.WeakKeyDictionary[object, Looks] = weakref.WeakKeyDictionary()
 
 
 def smoothness_penalty(
@@ -49,6 +50,7 @@ def smoothness_penalty(
     output_to_logits: OutputToLogits | None = None,
     generator: torch.Generator | None = None,
     ascent_autocast: bool = True,
+    check_first_call: bool = True,
 ) -> SmartOutput:
     r"""R_s of a function of embeddings, for those who hold the embeddings (or pixels, or audio) in their hands.
 
@@ -82,6 +84,7 @@ def smoothness_penalty(
         output_to_logits: From what `fn` returned to the tensors to compare.
         generator: Draws the noise.
         ascent_autocast: False runs the ascent with autocast off.
+        check_first_call: Run `fn(embeds)` once more in the first call, and warn if the output is another.
 
     Returns:
         `outputs`, the clean output, and `penalty`, a scalar.
@@ -104,6 +107,8 @@ def smoothness_penalty(
     Reference:
         Jiang et al., SMART, ACL 2020, doi 10.18653/v1/2020.acl-main.197, Algorithm 1.
     """
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of the embeddings, got {type(fn).__name__}")
     if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
         raise TypeError(
             f"embeds must be a floating-point tensor, got {getattr(embeds, 'dtype', type(embeds).__name__)}"
@@ -115,7 +120,13 @@ def smoothness_penalty(
             "a given reference was made under other dropout masks than the perturbed passes see: pass "
             'dropout="independent" (with no dropout in fn they are the same), or leave reference out'
         )
+    if embeds.is_nested or embeds.layout is not torch.strided:
+        raise TypeError(
+            f"embeds must be a dense tensor, got a {'nested' if embeds.is_nested else embeds.layout} one: pad it (or "
+            f"densify it), and pass mask= for what is padding"
+        )
     check_output_to_logits(output_to_logits)
+    check_generator(generator)
     settings = SmartSettings.checked(
         epsilon=epsilon,
         step_size=step_size,
@@ -130,19 +141,25 @@ def smoothness_penalty(
         detach_reference=detach_reference,
         ascent_autocast=ascent_autocast,
     )
-    refuse_inference_mode(settings)
+    refuse_surroundings(settings)
     resolved = resolve_divergence(divergence)
-    if noise is None:
-        warn_if_nothing_to_follow(settings, resolved)
     passes = _FunctionPasses(fn, embeds, output_to_logits, shared_dropout=dropout == "shared")
     outputs = passes.clean() if reference is None else reference
     clean = _FunctionClean(compared_tensors(outputs, output_to_logits), [embeds.detach()], passes.autocast_dtype)
     # With a given reference, rounding could not be told from the dropout masks that the reference was made under.
-    adversary = Adversary(settings, generator, LossScale(), _precision_of(fn) if reference is None else None)
+    looks = replace(_looks_of(fn), loss_scale=LossScale())
+    if reference is not None:
+        looks.precision = None
+    if reference is not None or not check_first_call:
+        looks.repeatable = None
+    if noise is None:
+        looks.outcome.look_ahead(settings, resolved)
+    adversary = Adversary(settings, generator, looks)
     found = adversary.search(passes, clean, adversary.begin(passes, clean, Query(resolved, mask, noise, output_mask)))
     fixed = tuple(tensor.detach() for tensor in clean.compared) if detach_reference else clean.compared
     with passes.perturbed(found.perturbations) as perturbed:
         penalty = divergence_of(resolved, perturbed, fixed, output_mask)
+    looks.outcome.look(clean.compared, found, penalty.detach(), output_mask)
     return SmartOutput(outputs, penalty)
 
 
@@ -175,7 +192,9 @@ class _FunctionPasses:
     def clean(self) -> Any:
         """What `fn` returns for the embeddings as they are."""
         with self._random.draws:
-            return self._fn(self._embeds)
+            outputs = self._fn(self._embeds)
+        self._random.keep_clean()
+        return outputs
 
     @contextlib.contextmanager
     def perturbed(
@@ -199,11 +218,21 @@ class _FunctionPasses:
                 outputs = self._fn(perturbed)
             yield compared_tensors(outputs, self._output_to_logits)
 
+    kind: object = "clean"  # of a pass; what has been looked at is kept by function
+
+    def repeated(self, *, autocast: bool = True) -> tuple[Tensor, ...]:
+        """The tensors to compare of one more clean pass, detached.
+
+        Args:
+            autocast: False switches the user's autocast off.
+        """
+        nothing = torch.zeros((), dtype=self._embeds.dtype, device=self._embeds.device)
+        with self.perturbed([nothing], freeze=True, autocast=autocast) as compared:
+            return tuple(tensor.detach() for tensor in compared)
+
     def reference_without_autocast(self) -> tuple[Tensor, ...]:
         """The tensors to compare of a clean pass with autocast off, detached."""
-        nothing = torch.zeros((), dtype=self._embeds.dtype, device=self._embeds.device)
-        with self.perturbed([nothing], freeze=True, autocast=False) as compared:
-            return tuple(tensor.detach() for tensor in compared)
+        return self.repeated(autocast=False)
 
     @contextlib.contextmanager
     def same_dropout(self) -> Iterator[None]:
@@ -215,10 +244,6 @@ class _FunctionPasses:
             self._shared_dropout = before
 
 
-def _precision_of(fn: Callable[[Tensor], Any]) -> PrecisionCheck:
-    """The check of the code that `fn` runs, since a lambda in a training loop is another object in every step."""
-    inner: Any = fn
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    inner = getattr(inner, "__func__", inner)  # of a bound method, which is another object every time too
-    return _precision.setdefault(getattr(inner, "__code__", inner), PrecisionCheck())
+def _looks_of(fn: Callable[[Tensor], Any]) -> Looks:
+    """What has been looked at in the code that `fn` runs, where it is defined."""
+    return _looks.setdefault(code_of(fn), Looks())

@@ -131,8 +131,25 @@ class SlantedTriangularLR(LambdaLR):
         peak_factor: float = 1.0,
         last_epoch: int = -1,
     ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         triangle = SlantedTriangle(total_steps, cut_frac, ratio, peak_factor)
         super().__init__(optimizer, triangle, last_epoch)
+
+    def get_lr(self) -> list[Any]:
+        """The rate of each parameter group at this step.
+
+        Raises:
+            RuntimeError: The optimizer has got another number of groups since.
+        """
+        groups, rates = len(self.optimizer.param_groups), len(self.base_lrs)
+        if groups != rates:
+            raise RuntimeError(
+                f"SlantedTriangularLR was made for {rates} parameter groups, and the optimizer has {groups} now: make "
+                f"the scheduler after the last add_param_group, with last_epoch={self.last_epoch - 1} in a running "
+                f"schedule (and 'initial_lr' in the new group)"
+            )
+        return super().get_lr()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the saved schedule stopped; see the class for what wins.
@@ -163,6 +180,8 @@ class SlantedTriangularLR(LambdaLR):
 
 
 def _check_state(state_dict: dict[str, Any], *, groups: int) -> None:
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict must be the state of a SlantedTriangularLR, got {type(state_dict).__name__}")
     multipliers = state_dict.get("lr_lambdas")
     fields = set(SlantedTriangle.__dataclass_fields__)
     if not isinstance(multipliers, list) or not all(isinstance(m, dict) and set(m) == fields for m in multipliers):
@@ -170,6 +189,9 @@ def _check_state(state_dict: dict[str, Any], *, groups: int) -> None:
             "state_dict must be the state of a SlantedTriangularLR, with the multiplier's settings under 'lr_lambdas'; "
             f"got {multipliers!r}"
         )
+    missing = [name for name in ("last_epoch", "base_lrs", "_last_lr", "_step_count") if name not in state_dict]
+    if missing:
+        raise ValueError(f"state_dict must be the state of a SlantedTriangularLR, got one without {', '.join(missing)}")
     if len(multipliers) != groups:
         raise ValueError(
             f"state_dict must be of {groups} parameter groups, as the optimizer has, got {len(multipliers)}"

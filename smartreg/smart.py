@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from smartreg._ascent.adversary import Adversary, Query
-from smartreg._ascent.precision import PrecisionCheck
+from smartreg._ascent.looks import Looks
 from smartreg._ascent.search import Found
 from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings, Start
-from smartreg._ascent.start import Masks, Noise, refuse_inference_mode, warn_if_nothing_to_follow
-from smartreg._loss_scale import LossScale
+from smartreg._ascent.start import Masks, Noise, check_generator, refuse_surroundings
 from smartreg._model.embedding import EmbeddingTap, input_embeddings
-from smartreg._model.passes import CleanPass, Forward, ModelPasses
+from smartreg._model.passes import CleanPass, Forward, ModelPasses, check_forward
 from smartreg._model.replay import worth_remembering
 from smartreg._model.stored_gradients import StoredGradients, graph_mark
 from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, divergence_of
@@ -70,6 +69,8 @@ class SmartLoss(nn.Module):
             summed) to compare. None: a tensor is itself; else `.logits` or `["logits"]`.
         generator: Draws the start, and nothing else. None: torch's own, on the device of the embeddings.
         ascent_autocast: False runs the ascent with the user's autocast off, where half precision would drown a small ε.
+        check_first_call: Run one more clean pass in the first call (of each `forward`, in train and in eval mode), and
+            warn if its output is another: `forward` is not repeatable then.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong kind or out of range; no embedding can be found.
@@ -117,14 +118,15 @@ class SmartLoss(nn.Module):
         output_to_logits: OutputToLogits | None = None,
         generator: torch.Generator | None = None,
         ascent_autocast: bool = True,
+        check_first_call: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not isinstance(memory_efficient, bool):
-            raise TypeError(f"memory_efficient must be True or False, got {memory_efficient!r}")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        for name, flag in (("memory_efficient", memory_efficient), ("check_first_call", check_first_call)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {flag!r}")
+        check_generator(generator)
         check_output_to_logits(output_to_logits)
         self.settings = SmartSettings.checked(
             epsilon=epsilon,
@@ -142,16 +144,16 @@ class SmartLoss(nn.Module):
         )
         self.divergence = resolve_divergence(divergence)
         self.memory_efficient = memory_efficient
+        self.check_first_call = check_first_call
         self.output_to_logits = output_to_logits
         self.generator = generator
         self.stats = None
         self._unregistered = (model,)  # in a tuple, so that its parameters are not ours
         self._embedding = embedding
-        self._loss_scale = LossScale()
-        self._precision = PrecisionCheck()
+        self._looks = Looks.of(check_first_call=check_first_call)
         self._remember_draws = True  # as the size of the last batch has it
         self._tap: EmbeddingTap | None = EmbeddingTap(input_embeddings(unwrapped(model), embedding))
-        self._warned_no_gradient = warn_if_nothing_to_follow(self.settings, self.divergence)
+        self._looks.outcome.look_ahead(self.settings, self.divergence)
 
     @classmethod
     def paper(cls, model: nn.Module, **options: Any) -> Self:
@@ -205,24 +207,23 @@ class SmartLoss(nn.Module):
             ValueError, TypeError: A mask, `noise` or the output of `forward` does not fit.
             RuntimeError: The perturbation cannot reach the model, or the mode cannot apply; it says what to do.
         """
-        if not callable(forward):
-            kind = type(forward).__name__
-            raise TypeError(f"forward must be a function of the module, as in lambda m: m(**batch), got {kind}")
+        check_forward(forward)
         tap = self._attached()
         if tap.removed:
             raise RuntimeError("this SmartLoss was removed from its model: make a new one")
-        refuse_inference_mode(self.settings)
+        refuse_surroundings(self.settings)
         resolved = self.divergence if divergence is None else resolve_divergence(divergence)
-        if noise is None and not self._warned_no_gradient:
-            self._warned_no_gradient = warn_if_nothing_to_follow(self.settings, resolved)
+        if noise is None:
+            self._looks.outcome.look_ahead(self.settings, resolved)
         shared = self.settings.dropout == "shared"
         passes = ModelPasses(
             self.model, tap, forward, self.output_to_logits, shared_dropout=shared, remember_draws=self._remember_draws
         )
         query = Query(resolved, mask, noise, output_mask)
-        adversary = Adversary(self.settings, self.generator, self._loss_scale, self._precision)
+        adversary = Adversary(self.settings, self.generator, self._looks)
         run = self._efficient if self.memory_efficient and torch.is_grad_enabled() else self._standard
-        return run(passes, adversary, query)
+        with passes:
+            return run(passes, adversary, query)
 
     if TYPE_CHECKING:
 
@@ -248,7 +249,7 @@ class SmartLoss(nn.Module):
         reference = tuple(tensor.detach() for tensor in clean.compared) if detached else clean.compared
         with passes.perturbed(found.perturbations, bases=clean.shared_lookups) as perturbed:
             penalty = divergence_of(query.divergence, perturbed, reference, query.output_mask)
-        self._record(found, penalty, clean)
+        self._record(found, penalty, clean, query.output_mask)
         return SmartOutput(clean.outputs, penalty)
 
     def _efficient(self, passes: ModelPasses, adversary: Adversary, query: Query) -> SmartOutput:
@@ -262,21 +263,22 @@ class SmartLoss(nn.Module):
         mark = graph_mark()
         # With a detached reference the penalty stays apart from the clean graph, as in the standard mode.
         leaves = None if detached else passes.embeddings_as_leaves()
-        with passes.perturbed(found.perturbations, bases=leaves) as perturbed:
+        with passes.perturbed(found.perturbations, bases=leaves, inner=True) as perturbed:
             value = divergence_of(query.divergence, perturbed, reference, query.output_mask)
-            scale = self._loss_scale.get(value.device, *begin.objective.dtypes, *(p.dtype for p in perturbed))
+            scale = self._looks.loss_scale.get(value.device, *begin.objective.dtypes, *(p.dtype for p in perturbed))
             stored = StoredGradients.of(value, (*reference, *(leaves or ())), mark, scale)
-        self._loss_scale.lower_on_overflow(scale, stored.all())
-        self._record(found, stored.value, first)
+        self._looks.loss_scale.lower_on_overflow(scale, stored.all())
+        self._record(found, stored.value, first, query.output_mask)
         share_lookups = leaves is not None
         del perturbed, value, begin, found, leaves, reference, first  # nothing of the freed graph need outlive it
         clean = passes.clean_again(share_lookups=share_lookups)
         return SmartOutput(clean.outputs, stored.attach((*clean.compared, *(clean.shared_lookups or ()))))
 
-    def _record(self, found: Found, penalty: Tensor, clean: CleanPass) -> None:
+    def _record(self, found: Found, penalty: Tensor, clean: CleanPass, output_mask: OutputMask) -> None:
         self._remember_draws = worth_remembering(clean.embeddings)
         penalty = penalty.detach()
         start = penalty if found.start_divergence is None else found.start_divergence
+        self._looks.outcome.look(clean.compared, found, penalty, output_mask)
         self.stats = SmartStats(penalty, start, found.largest(), found.bad_examples, found.radius_used)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -302,14 +304,11 @@ class SmartLoss(nn.Module):
             missing.append(f"{prefix}generator")
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_tap"], state["_loss_scale"], state["_precision"]
-        return state
+        return {name: value for name, value in self.__dict__.items() if name not in ("_tap", "_looks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it without types
-        self._loss_scale = LossScale()
-        self._precision = PrecisionCheck()
+        self._looks = Looks.of(check_first_call=self.check_first_call)
         self._tap = None
 
     def _attached(self) -> EmbeddingTap:

@@ -1,5 +1,6 @@
 """Small models for the tests of the regularizer, and what the tests ask of every model."""
 
+from collections import UserList
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +33,7 @@ class Sentence(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.hidden = nn.Linear(FEATURES, HIDDEN)
         self.head = nn.Linear(HIDDEN if sentences == 1 else 3 * HIDDEN, CLASSES)
-        self.seen: list[Tensor] = []
+        self.seen: UserList[Tensor] = UserList()  # no list, whose content would be that of the clean pass after a call
         """What every look-up gave, as the rest of the model saw it."""
 
     def get_input_embeddings(self) -> nn.Module:
@@ -93,7 +94,7 @@ def perturbations(model: Sentence, lookups: int = 1) -> list[list[Tensor]]:
 @contextmanager
 def counting(module: nn.Module) -> Iterator[Callable[[], int]]:
     """How often the module runs in this block."""
-    calls: list[None] = []
+    calls: UserList[None] = UserList()  # no list: what a hook writes is as after the clean pass
     handle = module.register_forward_pre_hook(lambda *_: calls.append(None))
     try:
         yield lambda: len(calls)

@@ -33,7 +33,7 @@ NAMES = {
     "token_mask",
 }
 SHARED = [field.name for field in dataclasses.fields(SmartSettings)]
-SHARED += ["divergence", "output_to_logits", "generator"]
+SHARED += ["divergence", "output_to_logits", "generator", "check_first_call"]
 
 
 def parameters(function: object) -> dict[str, inspect.Parameter]:
@@ -98,6 +98,7 @@ def test_defaults() -> None:
         "output_to_logits": None,
         "generator": None,
         "ascent_autocast": True,
+        "check_first_call": True,
     }
     assert {name: p.default for name, p in parameters(SmartLoss).items() if name != "model"} == expected
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 WINGS = ("_ascent", "_model", "_teacher", "_divergences")
+BASE = ("_masks",)
 FORMULAS = ("_divergences",)
 SUPPORT = ("_loss_scale", "_outputs", "_typing", "_warnings", "_wrappers", "divergences")
 MECHANISMS = ("_ascent", "_model", "_teacher")
 PUBLIC = ("bregman", "diagnosis", "functional", "results", "schedule", "smart")
 ROOT = ("__init__",)
 INTEGRATIONS = ("integrations",)
-LEVELS = (FORMULAS, SUPPORT, MECHANISMS, PUBLIC, ROOT, INTEGRATIONS)
+LEVELS = (BASE, FORMULAS, SUPPORT, MECHANISMS, PUBLIC, ROOT, INTEGRATIONS)
 
 TORCH_ALONE = frozenset({"torch", "typing_extensions"}) | sys.stdlib_module_names
 INSIDE_FUNCTIONS = {("results", "matplotlib")}  # asked for when a figure is drawn
@@ -99,7 +100,7 @@ def may_import(part: str, other: str) -> bool:
     if part == other or part not in level or other not in level:
         return True
     if part in MECHANISMS:
-        return other in SUPPORT
+        return other in (*BASE, *SUPPORT)
     return level[other] <= level[part]
 
 

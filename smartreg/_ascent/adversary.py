@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from smartreg._ascent.ball import Ball
+from smartreg._ascent.looks import Looks, Repeated
 from smartreg._ascent.objective import Graph, Objective
-from smartreg._ascent.precision import PrecisionCheck
 from smartreg._ascent.search import Found, search
 from smartreg._ascent.settings import SmartSettings
 from smartreg._ascent.start import (
@@ -26,7 +26,6 @@ from smartreg._ascent.start import (
     gradient_start,
     noise_start,
 )
-from smartreg._loss_scale import LossScale
 from smartreg._outputs import OutputMask, keep_of
 from smartreg.divergences import Divergence, kind_of
 
@@ -51,7 +50,7 @@ class Clean(Protocol):
         """The tensors to compare and the embeddings, where their graph may be differentiated now and kept."""
 
 
-class Passes(Protocol):
+class Passes(Repeated, Protocol):
     """What can run the clean pass again."""
 
     def perturbed(
@@ -61,9 +60,6 @@ class Passes(Protocol):
 
     def reference_without_autocast(self) -> tuple[Tensor, ...]:
         """f(x) with the user's autocast off, detached."""
-
-    def same_dropout(self) -> AbstractContextManager[None]:
-        """In this block every pass sees the dropout masks of the clean one."""
 
 
 class Query(NamedTuple):
@@ -90,14 +86,12 @@ class Adversary:
     Attributes:
         settings: The hyperparameters.
         generator: Draws the noise, or u.
-        loss_scale: That of float16 passes.
-        precision: Looks once whether the dtype in use can carry the perturbation; None does not look.
+        looks: What is looked at beside the search, and the loss scale of float16 passes.
     """
 
     settings: SmartSettings
     generator: torch.Generator | None
-    loss_scale: LossScale
-    precision: PrecisionCheck | None
+    looks: Looks
 
     @property
     def pulls_back(self) -> bool:
@@ -115,7 +109,9 @@ class Adversary:
         fixed = tuple(tensor.detach() for tensor in clean.compared)
         dtypes = (clean.autocast_dtype, *(tensor.dtype for tensor in (*clean.embeddings, *fixed)))
         run = partial(passes.perturbed, freeze=True)
-        objective = Objective(run, fixed, query.divergence, self.loss_scale, dtypes, query.output_mask)
+        objective = Objective(run, fixed, query.divergence, self.looks.loss_scale, dtypes, query.output_mask)
+        if self.looks.repeatable is not None:
+            self.looks.repeatable.look(passes, objective)
         balls = balls_around(clean.embeddings, query.mask, self.settings)
         start, noise = self.settings.start, query.noise
         given = noise is not None and start != "gradient"  # the start itself; for "gradient" it is u
@@ -132,9 +128,10 @@ class Adversary:
     def search(self, passes: Passes, clean: Clean, position: Position) -> Found:
         """The perturbation of each look-up: Algorithm 1, after a look at the precision."""
         objective, balls, start = position
-        if self.precision is not None:
+        if self.looks.precision is not None:
             with passes.same_dropout():
-                self.precision.look(objective, balls, start.perturbations, clean.autocast_dtype)
+                if self.looks.precision.look(objective, balls, start.perturbations, clean.autocast_dtype):
+                    self.looks.outcome.expect_nothing()
         if clean.autocast_dtype is not None and not self.settings.ascent_autocast:
             run = partial(passes.perturbed, freeze=True, autocast=False)
             objective = replace(objective, run=run, reference=passes.reference_without_autocast())

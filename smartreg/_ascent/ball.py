@@ -36,8 +36,8 @@ class Ball:
 
     @classmethod
     def around(cls, embeddings: Tensor, mask: Tensor | None, settings: SmartSettings) -> "Ball":
-        """Measure the scale of a look-up; `mask` is (batch, ...) or None."""
-        visible = None if mask is None else (mask != 0).to(embeddings.device).unsqueeze(-1)  # (batch, ..., 1)
+        """Measure the scale of a look-up; `mask` is bool, (batch, ...), or None."""
+        visible = None if mask is None else mask.to(embeddings.device).unsqueeze(-1)  # (batch, ..., 1)
         dims = tuple(range(1, embeddings.ndim)) if settings.norm_over == "example" else (embeddings.ndim - 1,)
         wide = embeddings.to(wide_dtype(embeddings.dtype))
         if settings.epsilon_scale == "absolute":

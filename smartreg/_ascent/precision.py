@@ -45,7 +45,7 @@ class PrecisionCheck:
 
     def look(
         self, objective: Objective, balls: Sequence[Ball], start: Sequence[Tensor], autocast: torch.dtype | None
-    ) -> None:
+    ) -> bool:
         """Warn if the perturbed passes, or the ascent, cannot carry what `balls` and `start` ask for.
 
         Args:
@@ -53,11 +53,14 @@ class PrecisionCheck:
             balls: The ball of each look-up.
             start: The first δ of each look-up.
             autocast: What autocast makes of float32, None where it is off.
+
+        Returns:
+            Whether it warned.
         """
         settings, embeddings = balls[0].settings, balls[0].embeddings
         key = (embeddings.device, embeddings.dtype, autocast)
         if key in self._looked or torch.is_inference_mode_enabled():
-            return
+            return False
         self._looked.add(key)
         fine = resolution(embeddings.device, [embeddings.dtype])
         coarse = resolution(embeddings.device, objective.dtypes)
@@ -72,11 +75,12 @@ class PrecisionCheck:
         noise = start if settings.start == "noise" else [_own_noise(ball) for ball in balls]
         directions = [direction_of(ball, nu) for ball, nu in zip(balls, noise, strict=True)]
         if not doubtful or not any(bool(direction.any()) for direction in directions):
-            return
+            return False
         needed = smallest_useful(objective, balls, directions)
         drowned = {name: size for name, size in doubtful.items() if needed is not None and size < needed}
         if drowned and needed is not None:
             warn(_message(drowned, needed, balls, autocast))
+        return bool(drowned)
 
 
 def resolution(device: torch.device, dtypes: Sequence[torch.dtype | None]) -> float:

@@ -23,12 +23,27 @@ class Found:
         start_divergence: ℓ at the start; None if no step was taken.
         bad_examples: How many examples lacked a usable gradient at the start or in any step.
         radius_used: The mean of ‖δ‖ / ε over examples (or tokens).
+        balls: Where it was sought.
+        all_bad: Whether every example that has anything to perturb lacked a usable gradient.
     """
 
     perturbations: list[Tensor]
     start_divergence: Tensor | None
     bad_examples: Tensor
     radius_used: Tensor
+    balls: Sequence[Ball]
+    all_bad: Tensor
+
+    @property
+    def moves(self) -> bool:
+        """Whether the settings ask for any perturbation."""
+        settings = self.balls[0].settings
+        return settings.epsilon > 0 or settings.ascent == "normalized"
+
+    def share_real(self) -> Tensor:
+        """How many of all positions may be perturbed."""
+        real = [1.0 if ball.mask is None else ball.mask.float().mean().cpu() for ball in self.balls]
+        return torch.as_tensor(real).mean()
 
     def largest(self) -> Tensor:
         """The largest absolute entry of any perturbation."""
@@ -61,13 +76,23 @@ def search(objective: Objective, balls: Sequence[Ball], start: Start) -> Found:
             bad[index] = bad[index] | unusable
     if steps == 0:
         perturbations = [ball.project(delta) for ball, delta in zip(balls, perturbations, strict=True)]
-    return Found(perturbations, start_divergence, _count(bad), _radius_used(balls, perturbations))
+    used = _radius_used(balls, perturbations)
+    return Found(perturbations, start_divergence, _count(bad), used, balls, _all_bad(balls, bad))
 
 
 def _radius_used(balls: Sequence[Ball], perturbations: Sequence[Tensor]) -> Tensor:
     parts = [ball.share_of_radius(delta) for ball, delta in zip(balls, perturbations, strict=True)]
     shares, counts = (torch.stack([part[k].to(parts[0][0].device) for part in parts]).sum() for k in (0, 1))
     return shares / counts.clamp_min(1)
+
+
+def _all_bad(balls: Sequence[Ball], bad: Sequence[Tensor]) -> Tensor:
+    """Whether no example is left that has anything to perturb and is not marked."""
+    idle = []
+    for ball, marks in zip(balls, bad, strict=True):
+        empty = torch.zeros_like(marks) if ball.mask is None else ~ball.mask.flatten(1).any(dim=1)
+        idle.append((marks | empty).all())
+    return torch.stack([one.to(idle[0].device) for one in idle]).all()
 
 
 def _count(bad: Sequence[Tensor]) -> Tensor:

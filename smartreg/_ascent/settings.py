@@ -77,5 +77,9 @@ class SmartSettings:
 def _require_non_negative(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < 0:
+    try:
+        fine = math.isfinite(value) and value >= 0
+    except OverflowError:
+        raise ValueError(f"{name} must be finite and not negative, got an int that no float can hold") from None
+    if not fine:
         raise ValueError(f"{name} must be finite and not negative, got {value}")

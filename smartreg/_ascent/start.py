@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from smartreg._ascent.ball import Ball, wide_dtype
 from smartreg._ascent.settings import SmartSettings
 from smartreg._ascent.settings import Start as StartName
+from smartreg._masks import as_booleans, as_sequence
 from smartreg._warnings import warn
 from smartreg.divergences import Divergence, Kind, is_builtin
 
@@ -31,19 +33,20 @@ def balls_around(embeddings: Sequence[Tensor], mask: Masks, settings: SmartSetti
     """
     masks: list[Tensor | None] = [None] * len(embeddings)
     if mask is not None:
-        masks = [mask] if isinstance(mask, Tensor) else list(mask)
+        masks = as_sequence("mask", mask, of=(Tensor, NoneType))
     if len(masks) != len(embeddings):
         raise ValueError(
             f"mask must be one tensor for each embedding look-up, in order: expected {len(embeddings)}, "
             f"got {len(masks)}"
         )
-    for embedded, one in zip(embeddings, masks, strict=True):
-        if one is not None and one.shape != embedded.shape[:-1]:
-            raise ValueError(
-                f"mask must have the shape of the embeddings without the feature dimension, "
-                f"{tuple(embedded.shape[:-1])}, got {tuple(one.shape)}"
-            )
-    return [Ball.around(e, one, settings) for e, one in zip(embeddings, masks, strict=True)]
+    checked = [None if one is None else _of(embedded, one) for embedded, one in zip(embeddings, masks, strict=True)]
+    return [Ball.around(embedded, one, settings) for embedded, one in zip(embeddings, checked, strict=True)]
+
+
+def _of(embedded: Tensor, mask: Tensor) -> Tensor:
+    wanted = embedded.shape[:-1]
+    expected = f"have the shape of the embeddings without the feature dimension, {tuple(wanted)}"
+    return as_booleans("mask", mask, lambda shape: shape == wanted, expected)
 
 
 class Start(NamedTuple):
@@ -151,7 +154,7 @@ def _given(noise: Noise, like: Sequence[Tensor], *, each: str, shape_of: str) ->
     if callable(noise):
         given: list[Any] = [noise(one) for one in like]
     else:
-        given = [noise] if isinstance(noise, Tensor) else list(noise or ())
+        given = list(as_sequence("noise", noise))
     if len(given) != len(like):
         raise ValueError(f"noise must be one tensor for each {each}, in order: expected {len(like)}, got {len(given)}")
     for tensor, one in zip(like, given, strict=True):
@@ -162,8 +165,19 @@ def _given(noise: Noise, like: Sequence[Tensor], *, each: str, shape_of: str) ->
     return [one.detach() for one in given]
 
 
-def refuse_inference_mode(settings: SmartSettings) -> None:
-    """Raises a `RuntimeError` where the search needs gradients that cannot be had."""
+def check_generator(generator: object) -> None:
+    """Raises a `TypeError` unless the argument is a generator of torch, or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+
+
+def refuse_surroundings(settings: SmartSettings) -> None:
+    """Raises a `RuntimeError` where the search needs gradients, or state, that cannot be had."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "the search runs passes of its own and reads their values, which torch.func transforms (vmap, grad) "
+            "forbid: call it outside of them, on the whole batch"
+        )
     if torch.is_inference_mode_enabled() and (settings.steps or settings.start != "noise"):
         raise RuntimeError(
             "the search needs gradients, which torch.inference_mode forbids: use torch.no_grad, or steps=0 with "

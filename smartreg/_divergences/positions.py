@@ -8,6 +8,7 @@ from torch import Tensor
 
 from smartreg._divergences import formulas
 from smartreg._divergences.blockwise import blockwise_symmetric_kl
+from smartreg._masks import as_booleans
 
 Formula = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,6 +50,9 @@ def _check(name: str, input: Any, target: Any, reduction: Any) -> None:
     for argument, value in (("input", input), ("target", target)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{argument} of {name} must be a tensor, got {type(value).__name__}")
+        if value.is_nested or value.layout is not torch.strided:
+            kind = "nested" if value.is_nested else value.layout
+            raise TypeError(f"{argument} of {name} must be a dense tensor, got a {kind} one; pad or densify it")
         if not value.is_floating_point():
             raise TypeError(
                 f"{argument} of {name} must be raw model outputs of a floating dtype, got {value.dtype}; "
@@ -67,14 +71,13 @@ def _keep(mask: Any, positions: torch.Size) -> Tensor | None:
     """The mask as booleans of the per-position shape."""
     if mask is None:
         return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor of 0 and 1 or booleans, got {type(mask).__name__}")
-    try:
-        return mask.bool().expand(positions)
-    except RuntimeError:
-        raise ValueError(
-            f"mask must broadcast to the shape of the positions, {tuple(positions)}, got {tuple(mask.shape)}"
-        ) from None
+    expected = f"broadcast to the shape of the positions, {tuple(positions)}"
+    return as_booleans("mask", mask, lambda shape: _broadcasts(shape, positions), expected).expand(positions)
+
+
+def _broadcasts(shape: torch.Size, positions: torch.Size) -> bool:
+    aligned = zip(reversed(shape), reversed(positions), strict=False)
+    return len(shape) <= len(positions) and all(size in (1, wanted) for size, wanted in aligned)
 
 
 def _leave_out(input: Tensor, target: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,51 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Lookup(NamedTuple):
+    """What was looked up, and in which module.
+
+    Inputs on the CPU are copied and compared by value. On an accelerator, where that would wait for the device, they
+    are kept, so that nothing else gets their memory: what has the same memory, layout and number of writes as they had
+    then is the same. What `forward` computes anew in every pass counts as another input there, whose look-up has an
+    output, and a gradient, of its own.
+    """
+
+    module: nn.Module
+    inputs: tuple[tuple[Tensor, int], ...] | None
+
+    @classmethod
+    def of(cls, module: nn.Module, args: tuple[Any, ...]) -> Lookup:
+        """The look-up of positional tensors; of anything else nobody can say whether it is the same."""
+        plain = bool(args) and all(isinstance(one, Tensor) for one in args)
+        return cls(module, tuple(map(_kept, args)) if plain else None)
+
+    def is_that_of(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
+        """Whether another look-up must have the same output."""
+        if module is not self.module or self.inputs is None or len(args) != len(self.inputs):
+            return False
+        pairs = zip(args, self.inputs, strict=True)
+        return all(isinstance(one, Tensor) and _is_same(one, kept) for one, kept in pairs)
+
+
+def _kept(tensor: Tensor) -> tuple[Tensor, int]:
+    on_cpu, versioned = tensor.device.type == "cpu", not tensor.is_inference()
+    return tensor.detach().clone() if on_cpu else tensor.detach(), tensor._version if versioned else -1
+
+
+def _is_same(tensor: Tensor, kept: tuple[Tensor, int]) -> bool:
+    then, version = kept
+    if tensor.shape != then.shape or tensor.dtype != then.dtype or tensor.device != then.device:
+        return False
+    if tensor.device.type == "cpu":
+        return torch.equal(tensor, then)
+    now = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr() == then.data_ptr() and tensor.stride() == then.stride() and now == version >= 0
 
 
 class EmbeddingPass:
@@ -18,6 +59,7 @@ class EmbeddingPass:
     Args:
         perturbations: One for each look-up, in order, or None to record the embeddings by value.
         bases: What to perturb in place of the output of each look-up, which is then looked up for nothing.
+        base_lookups: What each of them was a look-up of; another one keeps its own output.
         attached: Record the embeddings with their graph too, where they are not compiled; the model gets a copy.
     """
 
@@ -26,25 +68,29 @@ class EmbeddingPass:
         perturbations: Sequence[Tensor] | None = None,
         *,
         bases: Sequence[Tensor] | None = None,
+        base_lookups: Sequence[Lookup] = (),
         attached: bool = False,
     ) -> None:
         self.perturbations = None if perturbations is None else list(perturbations)
-        self.bases, self.attached = bases, attached
+        self.bases, self.base_lookups, self.attached = bases, base_lookups, attached
         self.embeddings: list[Tensor] = []
+        self.lookups_of: list[Lookup] = []  # what each recorded look-up was
         self.graphs: list[Tensor] = []  # the same with their graph, if attached
         self.needs_gradient: list[bool] = []  # of each recorded look-up
         self.autocast_dtype: torch.dtype | None = None
         self.lookups = 0
         self.compiled_lookups = 0  # how many of them ran inside a graph of torch.compile
 
-    def visit(self, output: Tensor) -> Tensor:
-        """Called with the output of every look-up; returns what the model gets to see."""
+    def visit(self, output: Tensor, module: nn.Module, args: tuple[Any, ...]) -> Tensor:
+        """Called with every look-up and its output; returns what the model gets to see."""
         index = self.lookups
         self.lookups += 1
         self.compiled_lookups += torch.compiler.is_compiling()
         if self.perturbations is None:
             # By value: some models add positions to the embeddings in place.
             self.needs_gradient.append(output.requires_grad)
+            if not torch.compiler.is_compiling():
+                self.lookups_of.append(Lookup.of(module, args))
             if self.attached and not torch.compiler.is_compiling():
                 self.embeddings.append(output.detach())
                 self.graphs.append(output)
@@ -56,7 +102,8 @@ class EmbeddingPass:
                 f"forward must be repeatable: it looked the embedding up {len(self.perturbations)} times in the clean "
                 f"pass and more often in a perturbed one"
             )
-        base = output if self.bases is None else self.bases[index]
+        stands_in = self.bases is not None and self.base_lookups[index].is_that_of(module, args)
+        base = self.bases[index] if stands_in and self.bases is not None else output
         return (base + self.perturbations[index]).to(output.dtype)
 
 
@@ -92,7 +139,7 @@ class EmbeddingHook:
             _require_embeddings(module, output)
         device = output.device.type
         active.autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return active.visit(output)
+        return active.visit(output, module, args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
@@ -124,13 +171,17 @@ class EmbeddingTap:
         """Let every look-up in this block go through `embedding_pass`."""
         if any(hook.active is not None for _, hook in self._hooks):
             raise RuntimeError("forward must not call SmartLoss on the model that it was given")
-        for _, hook in self._hooks:
-            _UNDER_WAY[hook.number] = embedding_pass
         try:
+            for _, hook in self._hooks:
+                _UNDER_WAY[hook.number] = embedding_pass
             yield embedding_pass
         finally:
-            for _, hook in self._hooks:
-                del _UNDER_WAY[hook.number]
+            self.close()
+
+    def close(self) -> None:
+        """Let look-ups go through nothing again."""
+        for _, hook in self._hooks:
+            _UNDER_WAY.pop(hook.number, None)
 
 
 def _attached_hook(module: nn.Module) -> EmbeddingHook:
@@ -165,6 +216,11 @@ def _require_embeddings(module: nn.Module, output: object) -> None:
             f"embedding must be a module that returns one floating-point tensor, got {found} from "
             f"{type(module).__name__}"
         )
+    if output.is_nested or output.layout is not torch.strided:
+        raise TypeError(
+            f"embedding must return a dense tensor, got a {'nested' if output.is_nested else output.layout} one from "
+            f"{type(module).__name__}: pad the batch, and pass mask= for what is padding"
+        )
     if output.ndim < 2:
         raise ValueError(
             f"embedding must return (batch, ..., feature), got shape {tuple(output.shape)} from {type(module).__name__}"
@@ -180,9 +236,25 @@ def input_embeddings(model: nn.Module, embedding: nn.Module | str | None) -> tup
             that holds the same weight: T5 and BART return one that is never called.
 
     Raises:
-        TypeError: `embedding` is none of these.
+        TypeError: `embedding` is none of these, or stands in a scripted part of the model.
         ValueError: There is no such submodule, or the model does not tell its input embedding.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model must run in Python, where a hook can change what its embedding returns, got a scripted one: make "
+            "SmartLoss from the module that was scripted, and script it for inference"
+        )
+    found = _found(model, embedding)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in found):
+        raise TypeError(
+            f"embedding must run in Python, where a hook can change what it returns, got one inside of a scripted "
+            f"{type(model).__name__}: make SmartLoss around the model before torch.jit.script, or leave the embedding "
+            f"out of the scripted part"
+        )
+    return found
+
+
+def _found(model: nn.Module, embedding: nn.Module | str | None) -> tuple[nn.Module, ...]:
     if isinstance(embedding, str):
         try:
             return (model.get_submodule(embedding),)

@@ -10,13 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Self
 
 from smartreg._model.embedding import EmbeddingPass, EmbeddingTap
-from smartreg._model.replay import ModuleState, RandomState, devices_of, frozen
+from smartreg._model.replay import ModuleState, RandomState, Stilled, backward_hooks, devices_of
+from smartreg._model.wrapper import around_wrapper, through_wrapper
 from smartreg._outputs import OutputToLogits, compared_tensors
-from smartreg._wrappers import is_compiled, unwrapped, without_ddp
+from smartreg._wrappers import code_of, is_compiled, unwrapped, without_ddp
 
 Forward = Callable[[nn.Module], Any]
+
+
+def check_forward(forward: object) -> None:
+    """Raises a `TypeError` unless the argument can be called."""
+    if not callable(forward):
+        kind = type(forward).__name__
+        raise TypeError(f"forward must be a function of the module, as in lambda m: m(**batch), got {kind}")
 
 
 @dataclass(frozen=True)
@@ -84,9 +93,24 @@ class ModelPasses:
         self._shared_dropout = shared_dropout
         self._inner = without_ddp(model)
         self._module = unwrapped(model)
-        self._random = RandomState(devices_of(self._module), remember_draws=remember_draws and shared_dropout)
         self._state = ModuleState(self._module)
+        self._random = RandomState(
+            devices_of(self._module), self._state.held.generators, remember_draws=remember_draws and shared_dropout
+        )
         self._first = EmbeddingPass()
+        self._stilled = Stilled(self._module, freeze=False)
+        self._has_clean = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After a Ctrl-C, which may have come while a pass was putting things back, put them back once more."""
+        if kind is not None and not issubclass(kind, Exception):
+            self._stilled.release()
+            self._tap.close()
+            if self._has_clean:
+                self._state.leave()
 
     def clean(self, *, share_lookups: bool, differentiable: bool) -> CleanPass:
         """The first pass with its graph, through the wrappers.
@@ -97,7 +121,7 @@ class ModelPasses:
         """
         differentiable = differentiable and self._may_differentiate()
         self._first = EmbeddingPass(attached=share_lookups or differentiable)
-        with self._tap.open(self._first), self._through_wrapper(self._first), self._random.draws:
+        with self._tap.open(self._first), through_wrapper(self._model, self._first), self._random.draws:
             outputs = self._forward(self._model)
         return self._kept(outputs, share_lookups=share_lookups, differentiable=differentiable)
 
@@ -123,13 +147,28 @@ class ModelPasses:
         would take it for the user's own.
         """
         static = isinstance(self._model, DistributedDataParallel) and self._model.static_graph
-        return not static and not is_compiled(self._inner) and not any(map(_watches_backward, self._module.modules()))
+        sharded = any(hasattr(type(module), "unshard") for module in self._module.modules())  # FSDP2 swaps the class
+        return not (static or sharded or is_compiled(self._inner) or backward_hooks(self._module))
+
+    @property
+    def kind(self) -> object:
+        """The code of `forward`, and the mode of the model: what can be repeated here need not be elsewhere."""
+        return code_of(self._forward), self._module.training
+
+    def repeated(self, *, autocast: bool = True) -> tuple[Tensor, ...]:
+        """The tensors to compare from a replay of the first pass, without a perturbation, detached.
+
+        Args:
+            autocast: False switches the user's autocast off.
+        """
+        record = EmbeddingPass(attached=self._first.attached)  # as the first, for the graphs of torch.compile
+        with self._replayed(), self._autocast(autocast), self._without_saving(record):
+            compared = compared_tensors(self._forward(self._inner), self._output_to_logits)
+            return tuple(tensor.detach() for tensor in compared)
 
     def reference_without_autocast(self) -> tuple[Tensor, ...]:
         """The tensors to compare from a replay of the first pass with the user's autocast off, detached."""
-        with self._replayed(), self._autocast(False), self._without_saving(EmbeddingPass()):
-            compared = compared_tensors(self._forward(self._inner), self._output_to_logits)
-            return tuple(tensor.detach() for tensor in compared)
+        return self.repeated(autocast=False)
 
     @contextlib.contextmanager
     def perturbed(
@@ -137,6 +176,7 @@ class ModelPasses:
         perturbations: Sequence[Tensor],
         *,
         freeze: bool = False,
+        inner: bool = False,
         autocast: bool = True,
         bases: Sequence[Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, ...]]:
@@ -144,13 +184,19 @@ class ModelPasses:
 
         Args:
             perturbations: One for each look-up.
-            freeze: No parameter requires a gradient in this block.
+            freeze: No parameter requires a gradient in this block; implies `inner`.
+            inner: The graph does not outlive the block; the user's hooks on the backward of modules do not see it.
             autocast: False switches the user's autocast off.
             bases: Embeddings of the clean pass, perturbed in place of what this pass looks up.
         """
-        embedding_pass = EmbeddingPass(perturbations, bases=bases)
-        with self._replayed(), frozen(self._module) if freeze else contextlib.nullcontext():
-            with self._tap.open(embedding_pass), self._around_wrapper(), self._autocast(autocast), self._random.draws:
+        embedding_pass = EmbeddingPass(perturbations, bases=bases, base_lookups=self._first.lookups_of)
+        with self._replayed(), self._still(freeze=freeze) if freeze or inner else contextlib.nullcontext():
+            with (
+                self._tap.open(embedding_pass),
+                around_wrapper(self._model),
+                self._autocast(autocast),
+                self._random.draws,
+            ):
                 logits = compared_tensors(self._forward(self._inner), self._output_to_logits)
             if embedding_pass.lookups != len(perturbations):
                 raise RuntimeError(
@@ -186,7 +232,7 @@ class ModelPasses:
         """
         record = EmbeddingPass(attached=share_lookups)
         with self._random.replayed(), self._state.replayed(keep_attributes=True):
-            with self._tap.open(record), self._through_wrapper(record), self._random.draws:
+            with self._tap.open(record), through_wrapper(self._model, record), self._random.draws:
                 outputs = self._forward(self._model)
             compared = compared_tensors(outputs, self._output_to_logits)
             return CleanPass(outputs, compared, record, tuple(record.graphs) if share_lookups else None)
@@ -210,11 +256,22 @@ class ModelPasses:
             )
         compared = compared_tensors(outputs, self._output_to_logits)
         self._state.keep_clean()
+        self._random.keep_clean()
+        self._has_clean = True
         lookups = tuple(self._first.graphs) if len(self._first.graphs) == self._first.lookups else None
         # Embeddings that are frozen, for example, have no graph that goes as far as they.
         reached = differentiable and lookups is not None and all(lookup.requires_grad for lookup in lookups)
         graph = (compared, lookups) if reached and lookups is not None else None
         return CleanPass(outputs, compared, self._first, lookups if share_lookups else None, graph)
+
+    @contextlib.contextmanager
+    def _still(self, *, freeze: bool) -> Iterator[None]:
+        self._stilled = stilled = Stilled(self._module, freeze=freeze)
+        try:
+            stilled.hold()
+            yield
+        finally:
+            stilled.release()
 
     @contextlib.contextmanager
     def _replayed(self) -> Iterator[None]:
@@ -227,7 +284,7 @@ class ModelPasses:
         """A pass around the wrapper, recorded, that keeps nothing for a backward, if it is to `drop` it."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._tap.open(record))
-            stack.enter_context(self._around_wrapper())
+            stack.enter_context(around_wrapper(self._model))
             stack.enter_context(self._random.draws)
             if drop and not is_compiled(self._inner):  # compiled graphs free what they save with their output anyway
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_drop, _missing))
@@ -241,42 +298,6 @@ class ModelPasses:
                     stack.enter_context(torch.autocast(device_type, enabled=False))
             yield
 
-    @contextlib.contextmanager
-    def _through_wrapper(self, record: EmbeddingPass) -> Iterator[None]:
-        """Under DDP every look-up of the clean pass happens inside the wrapper, or gradients are not synchronised."""
-        if not isinstance(self._model, DistributedDataParallel):
-            yield
-            return
-        marks: list[int] = []
-        handles = [
-            self._model.register_forward_pre_hook(lambda *_: marks.append(record.lookups)),
-            self._model.register_forward_hook(lambda *_: marks.append(record.lookups)),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        inside = sum(marks[1::2]) - sum(marks[::2])
-        if inside != record.lookups:
-            raise RuntimeError(
-                f"under DistributedDataParallel forward must call the module that it is given, as m(...): "
-                f"{record.lookups - inside} of {record.lookups} embedding look-ups went around the wrapper, whose "
-                f"gradients would not be synchronised"
-            )
-
-    @contextlib.contextmanager
-    def _around_wrapper(self) -> Iterator[None]:
-        """A perturbed pass that ran through DDP would disturb its bookkeeping."""
-        if not isinstance(self._model, DistributedDataParallel):
-            yield
-            return
-        handle = self._model.register_forward_pre_hook(_refuse_wrapper)
-        try:
-            yield
-        finally:
-            handle.remove()
-
     def _compile_hint(self) -> str:
         if not is_compiled(self._inner):
             return ""
@@ -284,18 +305,6 @@ class ModelPasses:
             ". The model is compiled: one that was called before SmartLoss was made does not see the hook; call "
             "torch._dynamo.reset() after making SmartLoss"
         )
-
-
-def _refuse_wrapper(*_: Any) -> None:
-    raise RuntimeError(
-        "forward must run the module that it is given, got a call of the DistributedDataParallel wrapper in a pass "
-        "that goes around it: write lambda m: m(...)"
-    )
-
-
-def _watches_backward(module: nn.Module) -> bool:
-    sharded = hasattr(type(module), "unshard")  # FSDP2 replaces the class of a module
-    return sharded or bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def _drop(tensor: Tensor) -> None:

@@ -9,47 +9,56 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules_of_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_ABSENT = object()
+from smartreg._model.held import HeldState, restore
+from smartreg._model.sources import has_generator, other_sources, torch_sources
 
 
 class RandomState:
-    """The state of the CPU generator and of one generator for each accelerator in use.
+    """The state of every generator that a pass may draw from: torch's, Python's, numpy's, and those of the modules.
 
     Args:
-        devices: Those in use.
+        devices: The accelerators in use; each has a generator of its own.
+        held: Generators that modules hold.
         remember_draws: Passes inside `draws` copy the dropout masks of an earlier one, where all runs on the CPU.
 
     Attributes:
         draws: The block to run such passes in; without `remember_draws` it does nothing.
     """
 
-    def __init__(self, devices: Iterable[torch.device], *, remember_draws: bool = False) -> None:
-        self.devices = sorted({d for d in devices if _has_generator(d)}, key=str)
-        self._states = self._read()
+    def __init__(
+        self, devices: Iterable[torch.device], held: Iterable[Any] = (), *, remember_draws: bool = False
+    ) -> None:
+        self.devices = sorted({d for d in devices if has_generator(d)}, key=str)
+        self._always = torch_sources(self.devices)
+        self._others = other_sources(held)
+        self._states = [source.read() for source in (*self._always, *self._others)]
         remembers = remember_draws and not self.devices and RememberedDraws.available()
         self.draws: contextlib.AbstractContextManager[Any] = (
             RememberedDraws() if remembers else contextlib.nullcontext()
         )
 
+    def keep_clean(self) -> None:
+        """Call after the clean pass: of the generators that are not torch's, those that it left alone stay alone."""
+        pairs = list(zip(self._others, self._states[len(self._always) :], strict=True))
+        used = [(source, state) for source, state in pairs if not source.is_at(state)]
+        self._others = [source for source, _ in used]
+        self._states = [*self._states[: len(self._always)], *(state for _, state in used)]
+
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """Start the block from this state, and leave the generators as they were before it."""
-        before = self._read()
-        self._write(self._states)
+        sources = [*self._always, *self._others]
+        before = [source.read() for source in sources]
         try:
+            for source, state in zip(sources, self._states, strict=True):
+                source.write(state)
             yield
         finally:
-            self._write(before)
-
-    def _read(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(_get_state(device) for device in self.devices)]
-
-    def _write(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for device, state in zip(self.devices, states[1:], strict=True):
-            _set_state(device, state)
+            for source, state in zip(sources, before, strict=True):
+                source.write(state)
 
 
 class ModuleState:
@@ -64,13 +73,18 @@ class ModuleState:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.held = HeldState(model)
         self._modules = list(model.modules())
         self._attributes = [dict(vars(module)) for module in self._modules]
         self._buffers = _copies([module._buffers for module in self._modules])
-        self.keep_clean()
+        self._note_left()
 
     def keep_clean(self) -> None:
         """Call after the clean pass: what stands now is what the call leaves behind."""
+        self.held.keep_clean()
+        self._note_left()
+
+    def _note_left(self) -> None:
         self._left_attributes = [dict(vars(module)) for module in self._modules]
         self._left_buffers = [dict(module._buffers) for module in self._modules]
 
@@ -81,45 +95,74 @@ class ModuleState:
         Args:
             keep_attributes: Leave the attributes that the block assigns (they belong to the graph that lives on).
         """
-        for module, attributes, buffers in zip(self._modules, self._attributes, _copies(self._buffers), strict=True):
-            _restore(vars(module), attributes)
-            _restore(module._buffers, buffers)
-        try:
-            yield
-        finally:
-            for module, attributes, buffers in zip(
-                self._modules, self._left_attributes, self._left_buffers, strict=True
-            ):
-                if not keep_attributes:
-                    _restore(vars(module), attributes)
-                _restore(module._buffers, buffers)
+        fresh = self.held.fresh()
+        with self.held.replayed(fresh, keep=keep_attributes):
+            try:
+                buffers = _copies(self._buffers)
+                for module, attributes, own in zip(self._modules, self._attributes, buffers, strict=True):
+                    restore(vars(module), _with(attributes, fresh))
+                    restore(module._buffers, own)
+                yield
+            except BaseException:
+                self.leave()
+                raise
+            self.leave(keep_attributes=keep_attributes)
+            if keep_attributes and fresh:
+                originals = self.held.originals(fresh)
+                for module in self._modules:
+                    restore(vars(module), _with(dict(vars(module)), originals))
+
+    def leave(self, *, keep_attributes: bool = False) -> None:
+        """Attributes and buffers as the clean pass left them."""
+        for module, attributes, buffers in zip(self._modules, self._left_attributes, self._left_buffers, strict=True):
+            if not keep_attributes:
+                restore(vars(module), attributes)
+            restore(module._buffers, buffers)
 
 
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient in this block, so that no pass saves anything for one."""
-    trainable = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
+def _with(attributes: dict[str, Any], instead: dict[int, Tensor]) -> dict[str, Any]:
+    return {name: instead.get(id(value), value) for name, value in attributes.items()} if instead else attributes
+
+
+class Stilled:
+    """A model of which no module's backward hook fires, and whose parameters need no gradient if they are frozen.
+
+    Nothing is set before `hold`, so that an interruption finds the block that releases already entered.
+
+    Args:
+        model: The unwrapped model.
+        freeze: No parameter requires a gradient, so that no pass saves anything for one.
+    """
+
+    def __init__(self, model: nn.Module, *, freeze: bool) -> None:
+        self._trainable = [p for p in model.parameters() if p.requires_grad and p.is_leaf] if freeze else []
+        self._hooks = [(hooks, dict(hooks)) for hooks in backward_hooks(model)]
+
+    def hold(self) -> None:
+        """Begin."""
+        for parameter in self._trainable:
+            parameter.requires_grad_(False)
+        for hooks, _ in self._hooks:
+            hooks.clear()
+
+    def release(self) -> None:
+        """Put everything back; a second time does nothing."""
+        for parameter in self._trainable:
             parameter.requires_grad_(True)
+        for hooks, kept in self._hooks:
+            hooks.update(kept)
+
+
+def backward_hooks(model: nn.Module) -> list[dict[int, Any]]:
+    """The dicts that hold hooks on the backward of modules, those for all modules included, without the empty ones."""
+    everywhere = (modules_of_torch._global_backward_pre_hooks, modules_of_torch._global_backward_hooks)
+    own = [hooks for module in model.modules() for hooks in (module._backward_pre_hooks, module._backward_hooks)]
+    return [hooks for hooks in (*everywhere, *own) if hooks]
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
     """Every device that holds a parameter or a buffer."""
     return {t.device for t in model.parameters()} | {t.device for t in model.buffers()}
-
-
-def _restore(current: dict[str, Any], wanted: dict[str, Any]) -> None:
-    present = dict(current)  # a scripted module answers with less than a dict
-    for name in present.keys() - wanted.keys():
-        del current[name]
-    for name, value in wanted.items():
-        if present.get(name, _ABSENT) is not value:
-            current[name] = value
 
 
 def _copies(buffers: Sequence[dict[str, Tensor | None]]) -> list[dict[str, Tensor | None]]:
@@ -129,24 +172,6 @@ def _copies(buffers: Sequence[dict[str, Tensor | None]]) -> list[dict[str, Tenso
         if buffer is not None and buffer not in made:
             made[buffer] = buffer.detach().clone()
     return [{name: made[buffer] for name, buffer in named.items()} for named in buffers]
-
-
-def _has_generator(device: torch.device) -> bool:
-    return device.type not in ("cpu", "meta") and hasattr(torch.get_device_module(device), "get_rng_state")
-
-
-def _get_state(device: torch.device) -> Tensor:
-    module = torch.get_device_module(device)
-    state: Tensor = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
-    return state
-
-
-def _set_state(device: torch.device, state: Tensor) -> None:
-    module = torch.get_device_module(device)
-    if device.type == "mps":  # one generator, no device argument
-        module.set_rng_state(state)
-    else:
-        module.set_rng_state(state, device)
 
 
 WORTHWHILE_ENTRIES = 2**17

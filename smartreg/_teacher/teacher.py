@@ -146,6 +146,13 @@ class Teacher:
                 if name in self.wide:
                     self._pairs[name].teacher.copy_(average)
 
+    def equals_model(self) -> bool:
+        """Whether every parameter has the value of the model's; one that is sharded does not tell."""
+        pairs = self.pairs().values()
+        if any(hasattr(own, "to_local") for _, own in pairs):
+            return False
+        return all(own is student or torch.equal(own, student) for student, own in pairs)
+
     def copy_to(self, model: nn.Module) -> None:
         """Writes the averages, the shared parameters and the persistent buffers into a model of the same names.
 
@@ -171,7 +178,13 @@ class Teacher:
 
     @contextmanager
     def lent(self) -> Iterator[nn.Module]:
-        """The module for one forward, on copies of the buffers: one that writes to them leaves the model's alone."""
+        """The module for one forward, on copies of the buffers: one that writes to them leaves the model's alone.
+
+        Embeddings with `max_norm`, which shorten the rows that they look up, do so to a copy as well.
+
+        Raises:
+            RuntimeError: The forward wrote to a parameter; it moves in `move` alone.
+        """
         copies: dict[int, Tensor] = {}
         for _, own in self._buffers:
             for name, buffer in own.items():
@@ -179,11 +192,28 @@ class Teacher:
                     copies[id(buffer)] = buffer.clone()
                 if buffer is not None:
                     own[name] = copies[id(buffer)]
+        shortened = [
+            (module, module._parameters["weight"], nn.Parameter(module.weight.clone(), requires_grad=False))
+            for module in self._layouts[1].modules.values()
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+        ]
+        versions = [(name, own, _writes(own)) for name, (_, own) in self._pairs.items()]
         try:
+            for embedding, _, copy in shortened:
+                embedding._parameters["weight"] = copy
             yield self.module
         finally:
+            for embedding, average, _ in shortened:
+                embedding._parameters["weight"] = average
             self._take_buffers()
             reshard(self.module)
+        written = listed(name for name, own, writes in versions if _writes(own) != writes)
+        if written:
+            raise RuntimeError(
+                f"forward writes to parameters of the teacher, which move in update() alone: {written}. Change weights "
+                f"outside of forward, after optimizer.step(), and make the MomentumBregman anew: these averages are "
+                f"spoilt"
+            )
 
     def _follow(self) -> None:
         self._place()
@@ -258,6 +288,11 @@ class Teacher:
     def __getstate__(self) -> dict[str, Any]:
         """What is kept for speed is found anew where a copy is used."""
         return {**self.__dict__, "_layouts": (), "_pairs": {}, "_groups": [], "_buffers": []}
+
+
+def _writes(tensor: Tensor) -> int:
+    """How often a tensor was written to, as far as it counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _ordinary_tensors() -> AbstractContextManager[object]:

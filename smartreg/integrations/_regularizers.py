@@ -52,7 +52,7 @@ class Strength:
     def smart_at(self, step: int) -> float:
         """The weight of the smoothness term at an optimizer step, counted from 0.
 
-        Example:
+        Examples:
             >>> strength = Strength(0.5, 0.0, smart_every=2, smart_warmup_steps=4)
             >>> [strength.smart_at(step) for step in range(7)]
             [0.0, 0.0, 0.5, 0.0, 1.0, 0.0, 1.0]

@@ -62,7 +62,7 @@ class SmartArguments:
 class SmartTrainingArguments(SmartArguments, TrainingArguments):
     """`TrainingArguments` with the fields of `SmartArguments`.
 
-    Example:
+    Examples:
         >>> arguments = SmartTrainingArguments(output_dir="out", smart_lambda=0.5, report_to="none")
         >>> arguments.smart_lambda, arguments.bregman_mu
         (0.5, 1.0)

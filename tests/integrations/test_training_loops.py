@@ -1,21 +1,24 @@
 """The recipes of the documentation, executed: plain loops, Accelerate, PEFT."""
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import accelerate
 import peft
 import pytest
 import recipes
+import reference
 import torch
+import transformers
 from accelerate.state import AcceleratorState, GradientState
 from smart_models import algorithm_1
 from tiny_transformers import FAMILIES, LABELS, VOCABULARY, build
 from torch import Tensor, nn
 
-from smartreg import MomentumBregman, SmartLoss
+from smartreg import MomentumBregman, SmartLoss, token_mask
 
 # What accelerate's own data loader does with a recent torch.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning:(accelerate|transformers|peft).*")
@@ -272,3 +275,79 @@ def test_every_recipe_with_a_name_is_executed() -> None:
         "compile.py",
         "checkpointing.py",
     }
+
+
+class Tokens(torch.utils.data.Dataset):
+    """Four sentences, padded to a width; the first token of each and what follows the end have no label."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.tensor([6, 4, 5, 3]).unsqueeze(1)
+        ids = torch.randint(3, VOCABULARY, (4, 6), generator=generator)
+        labels = torch.randint(classes, (4, 6), generator=generator)
+        real = torch.arange(6) < lengths
+        labels[~real], labels[:, 0] = -100, -100
+        pad = (0, width - 6)
+        self.ids = nn.functional.pad(ids * real, pad)
+        self.mask = nn.functional.pad(real.long(), pad)
+        self.labels = nn.functional.pad(labels, pad, value=-100)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "attention_mask": self.mask[index], "labels": self.labels[index]}
+
+
+class OneNoise(SmartLoss):
+    """Draws the noise of a token from its embedding, so that it does not depend on the padding."""
+
+    penalties: ClassVar[list[float]] = []
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        found = super().forward(*args, noise=lambda x: 0.1 * torch.sin(1e3 * x), **options)
+        self.penalties.append(found.penalty.item())
+        return found
+
+
+def token_classifier() -> nn.Module:
+    torch.manual_seed(0)
+    config = build("bert").config
+    return transformers.BertForTokenClassification(config).double()
+
+
+@pytest.mark.parametrize("title", ["tokens.py", "causal.py"])
+def test_padding_of_token_outputs_changes_nothing(title: str) -> None:
+    make = token_classifier if title == "tokens.py" else (lambda: build("gpt2"))
+    found = []
+    for width in (6, 12):
+        model = make().train()
+        OneNoise.penalties.clear()
+        data = torch.utils.data.DataLoader(Tokens(width, LABELS), batch_size=4)
+        smart_loss: Any = functools.partial(OneNoise, start="noise", steps=0, epsilon=1.0)
+        recipes.run(title, **names(model, 4, smart_loss, loader=data, token_mask=token_mask))
+        found.append((OneNoise.penalties[0], weights(model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
+    assert found[0][0] > 0
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("title", ["tokens.py", "causal.py"])
+def test_the_positions_of_the_loss_are_compared(title: str) -> None:
+    """The penalty is the mean over the very logits that the model's own cross-entropy takes."""
+    causal = title == "causal.py"
+    model = (build("gpt2") if causal else token_classifier()).train()
+    twin = copy.deepcopy(model)
+    OneNoise.penalties.clear()
+    data = torch.utils.data.DataLoader(Tokens(9, LABELS), batch_size=4)
+    smart_loss: Any = functools.partial(OneNoise, start="noise", steps=0, epsilon=1.0)
+    recipes.run(title, **names(model, 4, smart_loss, loader=data, token_mask=token_mask))
+    batch = next(iter(data))
+    x = twin.get_input_embeddings()(batch["input_ids"])
+    delta = 0.1 * torch.sin(1e3 * x) * batch["attention_mask"].unsqueeze(-1)  # inside the ball of one RMS
+    labels = batch["labels"][:, 1:] if causal else batch["labels"]
+    outputs = []
+    for embeds in (x + delta, x):
+        logits = twin(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
+        outputs.append((logits[:, :-1] if causal else logits)[labels != -100].detach().numpy())
+    assert OneNoise.penalties[0] == pytest.approx(reference.symmetric_kl(*outputs), rel=1e-8)

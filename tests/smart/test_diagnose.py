@@ -1,6 +1,7 @@
 """`diagnose`: each column against its definition, the recommendation, and that nothing is left behind."""
 
 import builtins
+from collections import UserList
 from typing import Any
 
 import numerics_models as models
@@ -46,7 +47,7 @@ def test_flips_are_the_changed_predictions() -> None:
     model = models.build()
     clean = model(IDS).argmax(-1)
     result = run(model, epsilons=[1.0, 3.0])
-    seen: list[Tensor] = []
+    seen: UserList[Tensor] = UserList()  # no list: what a hook writes to one is as after the clean pass
     model.register_forward_hook(lambda m, a, out: seen.append(out.detach()))
     for row, size in enumerate((1.0, 3.0)):
         smart = SmartLoss(model, epsilon=size, step_size=size, noise_std=size, **PRINTED)

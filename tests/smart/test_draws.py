@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from smartreg import SmartLoss, smoothness_penalty
-from smartreg._model import replay
+from smartreg._model import replay, sources
 from smartreg._model.replay import WORTHWHILE_ENTRIES, RememberedDraws
 
 # Dynamo looks at `.grad` of what enters a graph, and hides this warning in a way that does not reach pytest's filter.
@@ -160,8 +160,8 @@ def test_independent_masks_are_drawn_in_every_pass_and_not_kept(made: list[weakr
 
 def test_nothing_is_watched_where_an_accelerator_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each operation that is looked at on the CPU would keep the accelerator waiting, which draws fast anyway."""
-    monkeypatch.setattr(replay, "_has_generator", lambda device: device.type == "cuda")
-    monkeypatch.setattr(replay, "_get_state", lambda device: torch.zeros(1))
+    monkeypatch.setattr(replay, "has_generator", lambda device: device.type == "cuda")
+    monkeypatch.setattr(sources, "_get_state", lambda device: torch.zeros(1))
     for devices in ({"cuda:0"}, {"cpu", "cuda:0"}):
         state = replay.RandomState(map(torch.device, devices), remember_draws=True)
         assert not isinstance(state.draws, RememberedDraws)

@@ -1,5 +1,6 @@
 """Random state: which dropout masks the passes see, and what a call leaves of torch's generators."""
 
+from collections import UserList
 from typing import Any
 
 import pytest
@@ -78,11 +79,11 @@ def embedding_of(model: nn.Module) -> str | None:
 
 def masks_of(model: Sentence, **options: Any) -> list[Tensor]:
     """Which entries the dropout layer let through in every pass of one call."""
-    masks: list[Tensor] = []
+    masks: UserList[Tensor] = UserList()  # no list: what a hook writes to one is as after the clean pass
     handle = model.dropout.register_forward_hook(lambda module, args, output: masks.append(output != 0))
     SmartLoss(model, **options)(lambda m: m(IDS, MASK))
     handle.remove()
-    return masks
+    return list(masks)
 
 
 @both_modes

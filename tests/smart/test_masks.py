@@ -7,7 +7,7 @@ import torch
 from smart_models import FEATURES, Sentence, algorithm_1, batch, build, noise, perturbations
 from torch import Tensor
 
-from smartreg import SmartLoss
+from smartreg import SmartLoss, SmartWarning
 
 IDS, MASK = batch(examples=3, tokens=5)  # 0, 1 and 2 padding positions
 OTHER, OTHER_MASK = batch(1, examples=3, tokens=3)
@@ -170,7 +170,8 @@ def test_a_row_of_padding_alone() -> None:
 def test_nothing_but_padding() -> None:
     model = build()
     smart = SmartLoss(model, norm="2")
-    _, penalty = smart(lambda m: m(IDS, MASK), mask=torch.zeros_like(MASK))
+    with pytest.warns(SmartWarning, match=r"no example of this call.* marks 0% of the positions"):
+        _, penalty = smart(lambda m: m(IDS, MASK), mask=torch.zeros_like(MASK))
     penalty.backward()
     assert penalty.item() == 0.0
     assert smart.stats.max_perturbation == 0.0

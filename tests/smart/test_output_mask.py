@@ -187,7 +187,11 @@ def test_labels_make_a_mask() -> None:
         (torch.ones(()), ValueError, r"output_mask must have the leading shape .*, got \(\)"),
         (torch.ones(3, 4, 3), ValueError, r"output_mask must leave out positions, not classes.*got \(3, 4, 3\)"),
         ([torch.ones(3, 4)] * 2, ValueError, "output_mask must be one tensor for each tensor to compare.*expected 1"),
-        ([[[1, 1, 1, 1]] * 3], TypeError, "output_mask must be a tensor of 0 and 1 or booleans, got list"),
+        (
+            [[[1, 1, 1, 1]] * 3],
+            TypeError,
+            "output_mask must be a tensor, or a sequence.*got a list with a list",
+        ),
     ],
 )
 def test_masks_that_do_not_fit(mask: Any, error: type[Exception], message: str) -> None:

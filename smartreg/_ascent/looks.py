@@ -1,0 +1,196 @@
+"""What a regularizer looks at beside its work, once or in its first calls, and warns about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from smartreg._ascent.objective import Objective
+from smartreg._ascent.precision import PrecisionCheck
+from smartreg._ascent.search import Found
+from smartreg._ascent.settings import SmartSettings
+from smartreg._ascent.start import warn_if_nothing_to_follow
+from smartreg._loss_scale import LossScale
+from smartreg._masks import reading_waits
+from smartreg._outputs import OutputMask, keep_of
+from smartreg._warnings import warn
+from smartreg.divergences import Divergence
+
+
+class Repeated(Protocol):
+    """Passes whose clean one can be run again."""
+
+    @property
+    def kind(self) -> object:
+        """What runs, and in which mode: a look at one says nothing about another."""
+
+    def repeated(self) -> tuple[Tensor, ...]:
+        """The tensors to compare of one more clean pass, detached."""
+
+    def same_dropout(self) -> AbstractContextManager[None]:
+        """In this block every pass sees the dropout masks of the clean one."""
+
+
+class RepeatCheck:
+    """Runs the clean pass once more, in the first call of each kind, and warns if the output is another.
+
+    It should be the same to the bit: what is left over is randomness or state that no replay reaches, and would be
+    taken for the effect of a perturbation.
+    """
+
+    _MOST = 8  # functions that are made anew for every call must not be looked at for ever
+
+    def __init__(self) -> None:
+        self._looked: set[object] = set()
+
+    def look(self, passes: Repeated, objective: Objective) -> None:
+        """Warn if the clean pass cannot be repeated.
+
+        Args:
+            passes: Run it.
+            objective: What a difference is measured by.
+        """
+        if passes.kind in self._looked or len(self._looked) >= self._MOST:
+            return
+        self._looked.add(passes.kind)
+        with passes.same_dropout():
+            again = passes.repeated()
+        shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (objective.reference, again)]
+        if shapes[0] != shapes[1]:
+            warn(
+                f"forward is not repeatable: its outputs are of shape {shapes[0]}, and {shapes[1]} when {_RUN}; {_WHY}"
+            )
+            return
+        off, size = _largest_difference(objective.reference, again)
+        if off > 0:
+            warn(
+                f"forward is not repeatable: when {_RUN}, outputs of up to {size:.3g} are off by up to {off:.3g}; the "
+                f"divergence of the two, {float(objective.value(again)):.3g}, would be part of every penalty, with no "
+                f"perturbation at all; {_WHY}"
+            )
+
+
+_RUN = "it runs once more without a perturbation, from the same random state, buffers and attributes"
+_WHY = (
+    "usual causes: randomness that is not torch's, Python's or numpy's, or that forward reseeds; an argument or a "
+    "global that forward changes (a key-value cache, an image normalised in place, next(iterator)). Give forward "
+    "fresh arguments in every call (lambda m: m(copy.deepcopy(cache))), and draw outside of it. "
+    "check_first_call=False leaves this look out"
+)
+_ROUNDINGS = 16.0  # of the largest entry: kernels that add in no fixed order may differ by as much
+
+
+def _largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[float, float]:
+    """The largest difference that is more than rounding, and the largest entry; equal infinities and NaN are equal."""
+    worst, size = 0.0, 0.0
+    for a, b in zip(first, second, strict=True):
+        differs = (a != b) & ~(a.isnan() & b.isnan())
+        if not differs.any():
+            continue
+        gap = (a - b).abs()[differs].float()
+        entries = float(torch.where(a.isfinite(), a, 0.0).abs().max())
+        allowed = (2.0 if a.dtype.itemsize < 4 else _ROUNDINGS) * torch.finfo(a.dtype).eps * entries
+        largest = float(torch.where(gap.isnan(), torch.inf, gap).max())
+        if largest > max(allowed, worst):
+            worst, size = largest, entries
+    return worst, size
+
+
+class OutcomeCheck:
+    """Warns once where a call did nothing, and once where its numbers are not finite.
+
+    On the CPU after every call; on an accelerator, where looking takes a wait for the device, after the first three.
+    """
+
+    _CALLS = 3
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._said: set[str] = set()
+
+    def look_ahead(self, settings: SmartSettings, divergence: Divergence) -> None:
+        """Warn if these settings have no gradient to follow, after which it is no news that nothing happens."""
+        if "flat" not in self._said and warn_if_nothing_to_follow(settings, divergence):
+            self._said.update(("flat", "idle"))
+
+    def expect_nothing(self) -> None:
+        """A perturbation without effect is no news, since something has been said about it."""
+        self._said.add("idle")
+
+    def look(self, clean: Sequence[Tensor], found: Found, penalty: Tensor, output_mask: OutputMask) -> None:
+        """Warn if no example was perturbed to any effect, or the penalty is not finite.
+
+        Args:
+            clean: The tensors to compare of the clean pass.
+            found: What the search found.
+            penalty: The value, detached.
+            output_mask: Which positions were compared.
+        """
+        self._calls += 1
+        if reading_waits(penalty) and self._calls > self._CALLS:
+            return
+        value = float(penalty)
+        if not -torch.inf < value < torch.inf:
+            if "broken" not in self._said:
+                self._said.add("broken")
+                warn(_broken(value, clean))
+        elif "idle" not in self._said and found.moves and (value == 0.0 or _all_bad(found)):
+            if not all(keep is None or bool(keep.any()) for keep in keep_of(output_mask, clean)):
+                return  # there was nothing to compare
+            self._said.add("idle")
+            warn(
+                f"no example of this call had a perturbation that changes its output ({int(found.bad_examples)} "
+                f"without a gradient to follow; penalty {value:.3g}). Either mask has the other convention: it must "
+                f"be 1 or True at real tokens, and marks {float(found.share_real()):.0%} of the positions as such; "
+                f"pass ~mask if it marks padding. Or the output does not depend on the embeddings there, or its "
+                f"gradients are not finite"
+            )
+
+
+def _all_bad(found: Found) -> bool:
+    """Whether no example had a gradient, other than for a loss scale that float16 has yet to find."""
+    embedded = found.balls[0].embeddings
+    device = embedded.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.float16 not in (embedded.dtype, autocast) and bool(found.all_bad)
+
+
+def _broken(value: float, clean: Sequence[Tensor]) -> str:
+    finite = torch.stack([((tensor < torch.inf) | tensor.isneginf()).all().cpu() for tensor in clean]).all()
+    if finite:
+        return (
+            f"the penalty is {value}, and the clean output is finite: the perturbed pass overflows, or the divergence "
+            f"is infinite. Use smaller values of epsilon, or a divergence that is bounded, such as jensen_shannon"
+        )
+    return (
+        f"the clean output of the model is not finite, before any perturbation, so that the penalty is {value}: the "
+        f"weights or the batch hold NaN or inf. Go back to a sound checkpoint, and lower the learning rate or clip "
+        f"gradients"
+    )
+
+
+@dataclass
+class Looks:
+    """What one regularizer remembers from call to call.
+
+    Attributes:
+        loss_scale: That of float16 passes.
+        precision: Whether the dtype in use can carry the perturbation; None does not look.
+        repeatable: Whether the clean pass can be repeated; None does not look.
+        outcome: Whether a call did anything.
+    """
+
+    loss_scale: LossScale = field(default_factory=LossScale)
+    precision: PrecisionCheck | None = field(default_factory=PrecisionCheck)
+    repeatable: RepeatCheck | None = field(default_factory=RepeatCheck)
+    outcome: OutcomeCheck = field(default_factory=OutcomeCheck)
+
+    @classmethod
+    def of(cls, *, check_first_call: bool) -> Looks:
+        """With a look at whether the first call can be repeated, or without."""
+        return cls() if check_first_call else cls(repeatable=None)

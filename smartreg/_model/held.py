@@ -1,0 +1,233 @@
+"""What modules hold beside parameters and buffers and change in place: containers, tensors, generators.
+
+Restoring the attributes of a module brings back the list that it held, not what stood in the list. Here are the
+contents: of lists, dicts, sets and deques, however nested, of tensors that are plain attributes or stand in such a
+container, and of what the user's forward hooks write to (the object whose method a hook is, the containers that its
+function names).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from functools import partial
+from operator import is_
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MOST_COPIED = 2**20
+"""Entries up to which a plain tensor is copied in every call; a larger one must be a buffer to be written in place."""
+
+_INTERNAL = frozenset(vars(nn.Module()))
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
+_CONTAINERS = (list, dict, set, deque)
+_ABSENT = object()
+
+
+class _Watched(NamedTuple):
+    """A tensor before the clean pass: how often it had been written to, and its content if it is small."""
+
+    tensor: Tensor
+    version: int
+    content: Tensor | None
+    name: str
+
+
+class _Contents(NamedTuple):
+    """A container and what stood in it, before and after the clean pass."""
+
+    container: Any
+    before: Any
+    after: Any
+
+
+class HeldState:
+    """The contents of what the modules of a model hold, as the clean pass found and as it left them.
+
+    Args:
+        model: The unwrapped model, before the clean pass.
+
+    Attributes:
+        generators: Every generator of random numbers found.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.generators: list[Any] = []
+        self._tensors: list[_Watched] = []
+        self._contents: list[_Contents] = []
+        self._seen: set[int] = set()
+        self._kinds = _generator_kinds()
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if type(value) not in _PLAIN and name not in _INTERNAL:
+                    self._take(value, f"{type(module).__name__}.{name}")
+            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+                for value in written_by(hook):
+                    self._take(value, f"what a hook of {type(module).__name__} holds")
+
+    def keep_clean(self) -> None:
+        """Call after the clean pass: what it changed is brought back by every replay, the rest is left alone.
+
+        Raises:
+            RuntimeError: It wrote to a tensor that is too large to have been copied.
+        """
+        self._tensors = [watched for watched in self._tensors if watched.tensor._version != watched.version]
+        for watched in self._tensors:
+            if watched.content is None:
+                raise RuntimeError(
+                    f"forward must be repeatable: it changes {watched.name} in place, a tensor of shape "
+                    f"{tuple(watched.tensor.shape)} that is no buffer and too large to be copied in every call; "
+                    f"register it with register_buffer(..., persistent=False)"
+                )
+        written = {id(watched.tensor) for watched in self._tensors}
+        self._contents = [
+            _Contents(container, before, _copy(container))
+            for container, before, _ in self._contents
+            if not _same(container, before) or any(id(item) in written for item in _items(before))
+        ]
+
+    def fresh(self) -> dict[int, Tensor]:
+        """For each tensor that the clean pass wrote to, by id, another with the content from before it."""
+        return {id(w.tensor): w.content.clone() for w in self._tensors if w.content is not None}
+
+    @contextlib.contextmanager
+    def replayed(self, fresh: dict[int, Tensor], *, keep: bool = False) -> Iterator[None]:
+        """Start the block from the contents before the clean pass, and end it with those after.
+
+        Args:
+            fresh: From `fresh`, what stands in the place of tensors that were written to.
+            keep: Leave what the block puts into containers (it belongs to the graph that lives on).
+        """
+        try:
+            for container, before, _ in self._contents:
+                _put(container, before, fresh)
+            yield
+        except BaseException:
+            self.leave()
+            raise
+        if not keep:
+            self.leave()
+            return
+        originals = self.originals(fresh)
+        for container, _, _ in self._contents:
+            _put(container, _copy(container), originals)
+
+    def leave(self) -> None:
+        """Every content as the clean pass left it."""
+        for container, _, after in self._contents:
+            _put(container, after, {})
+
+    def originals(self, fresh: dict[int, Tensor]) -> dict[int, Tensor]:
+        """From the tensors in `fresh`, by id, back to those that others may hold, unless these carry a graph."""
+        own = {id(watched.tensor): watched.tensor for watched in self._tensors}
+        return {id(new): own[old] for old, new in fresh.items() if not own[old].requires_grad}
+
+    def _take(self, value: Any, name: str) -> None:
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter) and not value.is_inference():
+                small = type(value) is Tensor and value.numel() <= MOST_COPIED and not value.is_nested
+                self._tensors.append(_Watched(value, value._version, value.detach().clone() if small else None, name))
+        elif isinstance(value, self._kinds):
+            self.generators.append(value)
+        elif isinstance(value, _CONTAINERS):
+            content = _copy(value)
+            self._contents.append(_Contents(value, content, content))
+            self._take_items(content, name)
+        elif isinstance(value, tuple):
+            self._take_items(value, name)
+
+    def _take_items(self, content: Any, name: str) -> None:
+        for item in _items(content):
+            if type(item) not in _PLAIN:
+                self._take(item, name)
+
+
+def written_by(hook: Any) -> Iterator[Any]:
+    """What a hook of the user's may write to: its object's attributes, and the containers that its function names.
+
+    Examples:
+        >>> features = {}
+        >>> list(written_by(lambda module, inputs, output: features.update(out=output))) == [features]
+        True
+    """
+    while isinstance(hook, partial):
+        yield from (*hook.args, *hook.keywords.values())
+        hook = hook.func
+    function = getattr(hook, "__func__", hook)
+    owner = getattr(hook, "__self__", None if isinstance(hook, FunctionType) else hook)
+    if hasattr(owner, "__dict__") and not isinstance(owner, (nn.Module, ModuleType)) and not _of_a_framework(owner):
+        yield vars(owner)
+    if isinstance(function, FunctionType):
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # nothing in it yet
+                yield cell.cell_contents
+        yield from function.__defaults__ or ()
+        named = (function.__globals__.get(name) for name in function.__code__.co_names)
+        yield from (value for value in named if isinstance(value, _CONTAINERS))
+
+
+def _of_a_framework(owner: object) -> bool:
+    """Those keep state between passes on purpose, and know how often they ran."""
+    return type(owner).__module__.split(".")[0] in ("accelerate", "deepspeed", "peft", "smartreg", "torch")
+
+
+def _generator_kinds() -> tuple[type, ...]:
+    numpy = sys.modules.get("numpy.random")
+    return (torch.Generator, random.Random, *((numpy.Generator, numpy.RandomState) if numpy else ()))
+
+
+def _copy(container: Any) -> Any:
+    """A plain copy: of a dict subclass a dict, of a deque a list."""
+    if isinstance(container, dict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
+
+
+def _items(content: Any) -> Iterable[Any]:
+    return content.values() if isinstance(content, dict) else content
+
+
+def _same(container: Any, content: Any) -> bool:
+    """Whether these very objects stand in it, in this order; `==` would compare tensors entry by entry."""
+    if len(container) != len(content):
+        return False
+    if isinstance(content, set):
+        return all(item in container for item in content)
+    keys = not isinstance(content, dict) or all(map(is_, container, content))
+    return keys and all(map(is_, _items(container), _items(content)))
+
+
+def _put(container: Any, content: Any, instead: dict[int, Tensor]) -> None:
+    """Make `content` what stands in the container, with another object in the place of some."""
+    if isinstance(content, dict):
+        restore(container, {key: instead.get(id(value), value) for key, value in content.items()})
+        if list(container) != list(content):
+            for key in content:
+                container[key] = container.pop(key)
+        return
+    wanted = [instead.get(id(item), item) for item in content]
+    if isinstance(content, set):
+        container.intersection_update(wanted)
+        container.update(wanted)
+    elif not _same(container, wanted):
+        container.clear()
+        container.extend(wanted)
+
+
+def restore(current: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Make the entries of a dict those of another, touching no more than differs."""
+    present = dict(current)  # a scripted module answers with less than a dict
+    for name in present.keys() - wanted.keys():
+        del current[name]
+    for name, value in wanted.items():
+        if present.get(name, _ABSENT) is not value:
+            current[name] = value

@@ -11,7 +11,7 @@ import pytest
 from example_tools import SAMPLE, tiny_encoder
 
 from minbert import InputError
-from minbert.checkpoint import write_json
+from minbert.files import write_json
 from minbert.study import arms_cli, figures, stages, tables, workers
 from minbert.study.arms import choice_of
 from minbert.study.record import ZERO_SHOT, code_version, packed, read

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from .. import InputError
-from ..checkpoint import write_json, write_text
 from ..cli import Parser
+from ..files import write_json, write_text
 from . import figures, tables, zero_shot
 from .record import RESULTS, ZERO_SHOT, read
 from .stages import STAGES

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..checkpoint import write_text
+from ..files import write_text
 from .record import Record, read
 from .stages import STAGES, Stage, check_budget, upcoming
 from .trial import Trial, run

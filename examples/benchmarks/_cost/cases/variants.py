@@ -84,8 +84,10 @@ def step(variant: str, model: nn.Module, batch: Mapping[str, Tensor], spec: Mapp
 
     from smartreg import SmartLoss
 
+    # Algorithm 1, whose passes are those of smart-pytorch; with `start` another search of the library.
+    search = {"start": "noise", "norm": "inf", "noise_std": 0.15} if "start" not in spec else {"start": spec["start"]}
     options = {"memory_efficient": variant == EFFICIENT, "ascent_autocast": spec.get("ascent_autocast", True)}
-    smart = SmartLoss(run, steps=spec["steps"], **options)
+    smart = SmartLoss(run, steps=spec["steps"], check_first_call=False, **search, **options)
     every, weight = spec.get("every", 1), spec.get("weight", LAMBDA_S)
 
     def regularized() -> None:

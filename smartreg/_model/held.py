@@ -2,8 +2,8 @@
 
 Restoring the attributes of a module brings back the list that it held, not what stood in the list. Here are the
 contents: of lists, dicts, sets and deques, however nested, of tensors that are plain attributes or stand in such a
-container, and of what the user's forward hooks write to (the object whose method a hook is, the containers that its
-function names).
+container, and of the dicts and objects in which the user's forward hooks keep features. A list that a hook appends to
+is left alone: it is the log of somebody who wants to see every pass.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class HeldState:
                 if type(value) not in _PLAIN and name not in _INTERNAL:
                     self._take(value, f"{type(module).__name__}.{name}")
             for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-                for value in written_by(hook):
-                    self._take(value, f"what a hook of {type(module).__name__} holds")
+                for features in written_by(hook):
+                    self._take(features, f"what a hook of {type(module).__name__} holds")
 
     def keep_clean(self) -> None:
         """Call after the clean pass: what it changed is brought back by every replay, the rest is left alone.
@@ -151,14 +151,18 @@ class HeldState:
                 self._take(item, name)
 
 
-def written_by(hook: Any) -> Iterator[Any]:
-    """What a hook of the user's may write to: its object's attributes, and the containers that its function names.
+def written_by(hook: Any) -> Iterator[dict[Any, Any]]:
+    """The dicts that a hook of the user's may write features to: its object's, and those that its function names.
 
     Examples:
         >>> features = {}
         >>> list(written_by(lambda module, inputs, output: features.update(out=output))) == [features]
         True
     """
+    yield from (value for value in _in_reach(hook) if isinstance(value, dict))
+
+
+def _in_reach(hook: Any) -> Iterator[Any]:
     while isinstance(hook, partial):
         yield from (*hook.args, *hook.keywords.values())
         hook = hook.func
@@ -171,8 +175,7 @@ def written_by(hook: Any) -> Iterator[Any]:
             with contextlib.suppress(ValueError):  # nothing in it yet
                 yield cell.cell_contents
         yield from function.__defaults__ or ()
-        named = (function.__globals__.get(name) for name in function.__code__.co_names)
-        yield from (value for value in named if isinstance(value, _CONTAINERS))
+        yield from (function.__globals__.get(name) for name in function.__code__.co_names)
 
 
 def _of_a_framework(owner: object) -> bool:

@@ -12,6 +12,7 @@ from .cases.variants import ALL, EFFICIENT, PEER, PLAIN, STANDARD
 from .fit import largest_batch
 from .measure import KEEP, ask_once, compare
 
+UNIFORM = "towards_uniform"
 AXES = ("main", "batch", "length", "steps")
 
 Row = dict[str, Any]
@@ -113,6 +114,23 @@ def kept(run: Run) -> list[Row]:
     return [{"variant": name, **row} for name, row in zip(ALL, measured, strict=True)]
 
 
+def searches(run: Run) -> list[Row]:
+    """Time, memory and arithmetic of the library's ways to search, at the main shape, in one comparison."""
+    ways = [(PLAIN, "none", 0, {}), (STANDARD, "Algorithm 1", 1, {}), (EFFICIENT, "Algorithm 1", 1, {})]
+    for steps in (0, 1):
+        ways += [(mode, UNIFORM, steps, {"start": UNIFORM}) for mode in (STANDARD, EFFICIENT)]
+    ways.append((PEER, "its own", 1, {}))
+    specs = [run.spec("variants", run.main, steps, variant=name, **start) for name, _, steps, start in ways]
+    rows = []
+    for (name, search, steps, start), measured in zip(
+        ways, compare(specs, run.rounds, gauge=run.gauge, lead=run.lead), strict=True
+    ):
+        flops = ask_once(run.spec("flops", run.main, steps, **start), "result")
+        place = {"variant": name, "search": search, "steps": steps}
+        rows.append({**place, **measured, "times_flops": flops[name] / flops[PLAIN]})
+    return rows
+
+
 def fit(run: Run) -> list[Row]:
     """The largest batch within the memory limit."""
     found = {}
@@ -208,6 +226,7 @@ def where_time_goes(run: Run) -> list[Row]:
 SECTIONS: dict[str, Callable[[Run], list[Row]]] = {
     "agreement": agreement,
     "grid": grid,
+    "searches": searches,
     "kept": kept,
     "fit": fit,
     "divergences": divergences,

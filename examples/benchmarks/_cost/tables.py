@@ -90,6 +90,13 @@ TABLES = (
         **_axis("main", *_CLAIMED),
     ),
     Table(
+        "searches",
+        "One step of training, by the way to search",
+        "Forward and backward at the main shape, all in one comparison: Algorithm 1 with one step, and the library's "
+        "start towards the uniform prediction without a further step (the default) and with one.",
+        (_VARIANT, ("search", text("search")), _STEPS, _MEASURED[0], _WITH_QUARTILES, *_MEASURED[2:]),
+    ),
+    Table(
         "kept",
         "The same step where freed memory is kept",
         "`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776` in the environment of every variant: the C library "

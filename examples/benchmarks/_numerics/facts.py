@@ -17,6 +17,8 @@ from smartreg import SmartLoss, SmartWarning, binary_symmetric_kl, symmetric_kl
 from .subject import BF16_AUTOCAST, BF16_WEIGHTS, FLOAT32, FLOAT64, FP16_AUTOCAST, Precision, Subject, rescaled
 
 Row = dict[str, Any]
+ALGORITHM_1 = {"norm": "inf", "start": "noise", "steps": 1}
+"""What the tables are of: the search that the paper prints."""
 RELATIVE = tuple(10.0 ** (k / 2) for k in range(-10, 1))
 ABSOLUTE = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2)
 DRAWS = (1, 2, 3)  # seeds of the noise where one direction says too little
@@ -105,6 +107,7 @@ def _found(subject: Subject, model: nn.Module, epsilon: float) -> Tensor:
         noise_std=epsilon,
         epsilon_scale="absolute",
         norm_over="token",
+        **ALGORITHM_1,
     )
     recorder = Recorder(subject, model)
     smart(recorder, mask=subject.mask, noise=epsilon * noise(subject))
@@ -205,7 +208,8 @@ def sweep(subject: Subject, progress: Callable[[str], None]) -> list[Row]:
 
 
 def _penalty(subject: Subject, precision: Precision, epsilon: float, unit: Tensor, **options: Any) -> float:
-    smart = SmartLoss(subject.in_precision(precision), epsilon=epsilon, step_size=epsilon, noise_std=epsilon, **options)
+    options |= {"epsilon": epsilon, "step_size": epsilon, "noise_std": epsilon, **ALGORITHM_1}
+    smart = SmartLoss(subject.in_precision(precision), **options)
     with precision.active(), warnings.catch_warnings():
         warnings.simplefilter("ignore", SmartWarning)  # what it warns of is what is measured here
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """The training loop: steps, epochs, checkpoints, and going on where a stopped run left off."""
 
 import statistics
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -76,8 +77,10 @@ class Trainer:
         self.optimizer = make_optimizer(model, settings)
         self.schedule = make_schedule(settings.lr_schedule, self.optimizer, self.total_steps)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=settings.amp == "fp16")
-        # With fp16 a loss out of range now and then is part of the bargain: the scaler skips such a step.
-        self.ledger = Ledger(patience=FP16_PATIENCE if settings.amp == "fp16" else 1)
+        # With fp16 a loss out of range now and then is part of the bargain: the scaler skips such a step. A run without
+        # a folder is one trial of a search, which records that it came apart.
+        patience = FP16_PATIENCE if settings.amp == "fp16" else 1
+        self.ledger = Ledger(patience=sys.maxsize if folder is None else patience)
         self.memory, self.stop = Memory(place.device), StopRequest()
 
         self.step = self.epoch = self.position = 0
@@ -204,7 +207,7 @@ class Trainer:
     def _require_numbers(self) -> None:
         """Raises Diverged before weights that are no numbers are measured, or replace a checkpoint of some that are."""
         self.ledger.settle()
-        for name, value in self.model.named_parameters():
+        for name, value in self.model.named_parameters() if self.folder is not None else ():
             if not bool(torch.isfinite(value).all()):
                 raise diverged(f"after step {self.step} the weights {name} hold NaN or infinity")
 

@@ -43,7 +43,6 @@ FRAGMENTS = {  # page: {how a block begins: why it does not stand by itself}
         "model = DistributedDataParallel(model)": "needs processes; see tests/integrations/test_distributed.py",
         "with contextlib.nullcontext() if last": "needs processes; see tests/integrations/test_distributed.py",
         "teacher = copy.deepcopy(model)": "needs processes; see tests/integrations/test_distributed.py",
-        "class SmartModule(L.LightningModule)": "needs Lightning, which is no dependency of the tests",
     },
 }
 

@@ -168,7 +168,7 @@ def test_the_average_is_what_is_measured(encoder: Path) -> None:
     run = trainer_of(encoder, watched, config="t-bregman", mu=0.0, beta=0.5)
     start = run.model.heads["sst"][1].weight.detach().clone()
     run.run()
-    teacher, trained = measured[0].heads["sst"][1].weight, run.model.heads["sst"][1].weight
+    teacher, trained = (model.heads["sst"][1].weight.detach() for model in (measured[0], run.model))
     assert 0 < float((teacher - start).norm()) < float((trained - start).norm())
     with pytest.raises(ValueError, match="expected a configuration with a teacher"):
         trainer_of(encoder, lambda model: extras_of("ema", {}, model)).run()

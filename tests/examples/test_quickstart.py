@@ -12,12 +12,9 @@ import pytest
 FILE = Path(__file__).parents[2] / "examples" / "quickstart.py"
 
 
-def run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[dict[str, Any], str]:
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(folder)
-    names = runpy.run_path(str(FILE), run_name="__main__")
-    return names, capsys.readouterr().out
+    return runpy.run_path(str(FILE), run_name="__main__")
 
 
 def measured(model: Any, points: Any, truth: Any) -> tuple[float, float]:

@@ -123,7 +123,7 @@ class OutcomeCheck:
         self._said.add("idle")
 
     def look(self, clean: Sequence[Tensor], found: Found, penalty: Tensor, output_mask: OutputMask) -> None:
-        """Warn if no example was perturbed to any effect, or the penalty is not finite.
+        """Warn if no example had a gradient to follow, or the penalty is not finite.
 
         Args:
             clean: The tensors to compare of the clean pass.
@@ -139,13 +139,13 @@ class OutcomeCheck:
             if "broken" not in self._said:
                 self._said.add("broken")
                 warn(_broken(value, clean))
-        elif "idle" not in self._said and found.moves and (value == 0.0 or _all_bad(found)):
+        elif "idle" not in self._said and found.moves and int(found.bad_examples) and _all_bad(found):
             if not all(keep is None or bool(keep.any()) for keep in keep_of(output_mask, clean)):
                 return  # there was nothing to compare
             self._said.add("idle")
             warn(
-                f"no example of this call had a perturbation that changes its output ({int(found.bad_examples)} "
-                f"without a gradient to follow; penalty {value:.3g}). Either mask has the other convention: it must "
+                f"no example of this call had a gradient to follow ({int(found.bad_examples)} of them zero or not "
+                f"finite; penalty {value:.3g}). Either mask has the other convention: it must "
                 f"be 1 or True at real tokens, and marks {float(found.share_real()):.0%} of the positions as such; "
                 f"pass ~mask if it marks padding. Or the output does not depend on the embeddings there, or its "
                 f"gradients are not finite"

@@ -280,7 +280,7 @@ def functional(fn: Any, embeds: torch.Tensor, autocast: torch.dtype | None, **op
 
 
 def test_the_functional_form_warns_of_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smartreg.functional._precision", WeakKeyDictionary())
+    monkeypatch.setattr("smartreg.functional._looks", WeakKeyDictionary())
     for scale in (1.0, 10.0):
         model = models.build(scale)
         embeds = model.words(models.sentences())
@@ -289,11 +289,11 @@ def test_the_functional_form_warns_of_the_same_size(monkeypatch: pytest.MonkeyPa
         torch.manual_seed(2)
         (ours,) = functional(Bound(model).run, embeds, torch.bfloat16, **TINY)
         assert smallest(ours) == smallest(theirs)
-        monkeypatch.setattr("smartreg.functional._precision", WeakKeyDictionary())
+        monkeypatch.setattr("smartreg.functional._looks", WeakKeyDictionary())
 
 
 def test_the_functional_form_looks_once_for_each_place_in_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smartreg.functional._precision", WeakKeyDictionary())
+    monkeypatch.setattr("smartreg.functional._looks", WeakKeyDictionary())
     bound, embeds = Bound(models.build()), models.sentences()
     embeds = bound.model.words(embeds)
     found = [len(functional(lambda x: bound.run(x), embeds, torch.bfloat16, **TINY)) for _ in range(3)]
@@ -307,7 +307,7 @@ def test_the_functional_form_looks_once_for_each_place_in_the_code(monkeypatch: 
 
 
 def test_the_functional_form_does_not_take_dropout_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smartreg.functional._precision", WeakKeyDictionary())
+    monkeypatch.setattr("smartreg.functional._looks", WeakKeyDictionary())
     bound = Bound(models.build(dropout=0.3))
     embeds = bound.model.words(models.sentences())
     options = {"dropout": "independent"}

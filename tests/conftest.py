@@ -19,8 +19,11 @@ COUNT_PASSES = {
     "test_memory_limits",
     "test_output_mask",
     "test_passes",
+    "test_properties",
     "test_reference",
+    "test_smart_trainer",
     "test_smoothness_penalty",
+    "test_state",
     "test_stats",
     "test_warning",
 }

@@ -212,7 +212,7 @@ def test_an_adapted_embedding_is_perturbed_once_behind_its_adapter(kind: str) ->
     adapted.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
     smart(lambda m: m(**batch), noise=noise)
 
-    clean, perturbed = seen
+    clean, *_, perturbed = seen
     original = build().get_input_embeddings().weight[batch["input_ids"]]
     if kind == "embedding":
         assert (clean - original).abs().max() > 1e-3  # its adapter takes part
@@ -267,6 +267,8 @@ def test_the_checkpointing_recipe() -> None:
 def test_every_recipe_with_a_name_is_executed() -> None:
     assert set(recipes.BLOCKS) == {
         "loop.py",
+        "tokens.py",
+        "causal.py",
         "warm_up.py",
         "every_kth_step.py",
         "accumulation.py",

@@ -171,7 +171,7 @@ def test_the_inner_scale_is_halved_on_overflow_until_it_fits() -> None:
     scales, bad = [], []
     for _ in range(8):
         smart(lambda m: m(IDS))
-        scales.append(smart._loss_scale.get(torch.device("cpu"), torch.float16).item())
+        scales.append(smart._looks.loss_scale.get(torch.device("cpu"), torch.float16).item())
         assert smart.stats is not None
         bad.append(smart.stats.bad_examples)
     assert bad[0] > 0

@@ -143,6 +143,7 @@ def test_tiny_and_huge_gradients_have_a_direction(dtype: torch.dtype) -> None:
             embeds,
             divergence=lambda a, b: (a - b).float().sum(),
             noise=torch.zeros(2, 3, 2),
+            start="noise",
             epsilon=0.5,
             step_size=0.5,
             steps=1,

@@ -167,6 +167,8 @@ def _child(arguments: list[str], errors: Path, fault: Fault | None, room: int | 
     with errors.open("w") as file, Path(os.devnull).open("w") as nowhere:
         os.dup2(file.fileno(), 2)
         os.dup2(nowhere.fileno(), 1)
+    # As in a terminal: what a shell starts in the background ignores Ctrl-C, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if room is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     if fault is not None:

@@ -139,7 +139,7 @@ class OutcomeCheck:
             if "broken" not in self._said:
                 self._said.add("broken")
                 warn(_broken(value, clean))
-        elif "idle" not in self._said and found.moves and int(found.bad_examples) and _all_bad(found):
+        elif "idle" not in self._said and found.moves and _all_bad(found):
             if not all(keep is None or bool(keep.any()) for keep in keep_of(output_mask, clean)):
                 return  # there was nothing to compare
             self._said.add("idle")
@@ -157,7 +157,9 @@ def _all_bad(found: Found) -> bool:
     embedded = found.balls[0].embeddings
     device = embedded.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return torch.float16 not in (embedded.dtype, autocast) and bool(found.all_bad)
+    masked = embedded.numel() > 0 and float(found.share_real()) == 0  # nothing was left to have a gradient
+    found_none = (int(found.bad_examples) > 0 or masked) and bool(found.all_bad)
+    return torch.float16 not in (embedded.dtype, autocast) and found_none
 
 
 def _broken(value: float, clean: Sequence[Tensor]) -> str:

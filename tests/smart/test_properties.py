@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from smart_models import FEATURES, VOCABULARY, algorithm_1, build, perturbations
 from torch import Tensor
 
+# Masks that leave nothing to perturb are among those drawn, and are told.
+pytestmark = pytest.mark.filterwarnings("ignore:no example of this call had:smartreg.SmartWarning")
+
 everywhere = settings(
     derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], database=None
 )

@@ -74,9 +74,9 @@ def test_signatures() -> None:
     assert list(function)[:2] == ["fn", "embeds"]
     assert function.keys() - set(SHARED) == {"fn", "embeds", "reference", "mask", "noise", "output_mask", "example_ids"}
     call = parameters(SmartLoss.forward)
-    assert list(call) == ["self", "forward", "mask", "divergence", "noise", "output_mask"]
-    assert [p.kind for p in call.values()][2:] == [inspect.Parameter.KEYWORD_ONLY] * 4
-    assert [p.default for p in call.values()][2:] == [None] * 4
+    assert list(call) == ["self", "forward", "mask", "divergence", "noise", "output_mask", "example_ids"]
+    assert [p.kind for p in call.values()][2:] == [inspect.Parameter.KEYWORD_ONLY] * 5
+    assert [p.default for p in call.values()][2:] == [None] * 5
 
 
 def test_defaults() -> None:

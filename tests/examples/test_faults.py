@@ -16,7 +16,7 @@ import torch
 from example_tools import command, run_options, tiny_encoder
 from fault_tools import Ended, Fault, Runs, assert_same_end
 
-from minbert import checkpoint
+from minbert import InputError, checkpoint, run_folder
 from minbert.files import UNFINISHED
 
 FLAGS = ["--tasks", "sst", "--train-limit", 12, "--dev-limit", 4, "--batch-size", 4, "--epochs", 2, "--save-every", 2]
@@ -188,6 +188,21 @@ def test_two_runs_in_one_folder(runs: Runs, flags: list[object], whole: Path, tm
     two_at_once(runs, tmp_path / "run", flags, whole)
 
 
+def test_a_run_that_begins_while_another_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = run_folder._half_made
+
+    def begin_and_look(folder: Path) -> bool:
+        for name in ("settings.json", "metrics.jsonl"):
+            (folder / name).write_text("{}")
+        return look(folder)
+
+    (tmp_path / run_folder.LOCK).touch()
+    run_folder.refuse_occupied(tmp_path)  # left by a run that was killed
+    monkeypatch.setattr(run_folder, "_half_made", begin_and_look)
+    with pytest.raises(InputError, match="holds another run"):
+        run_folder.refuse_occupied(tmp_path)
+
+
 @pytest.mark.slow
 def test_two_runs_in_one_folder_many_times(
     runs: Runs, flags: list[object], whole: Path, tmp_path: Path, row: list[str]
@@ -224,8 +239,6 @@ def repairs(runs: Runs, halved: Path, folder: Path, draw: random.Random, whole: 
 
 
 def _damaged(folder: Path) -> bool:
-    from minbert import InputError
-
     try:
         checkpoint.verify(checkpoint.found(folder)[0])
     except InputError:

@@ -72,7 +72,7 @@ def test_signatures() -> None:
     assert parameters(SmartLoss).keys() - set(SHARED) == {"model", "embedding", "memory_efficient"}
     function = parameters(smoothness_penalty)
     assert list(function)[:2] == ["fn", "embeds"]
-    assert function.keys() - set(SHARED) == {"fn", "embeds", "reference", "mask", "noise", "output_mask"}
+    assert function.keys() - set(SHARED) == {"fn", "embeds", "reference", "mask", "noise", "output_mask", "example_ids"}
     call = parameters(SmartLoss.forward)
     assert list(call) == ["self", "forward", "mask", "divergence", "noise", "output_mask"]
     assert [p.kind for p in call.values()][2:] == [inspect.Parameter.KEYWORD_ONLY] * 4

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smartreg._ascent.adversary import Adversary, Query
 from smartreg._ascent.precision import REQUIRED_COSINE
+from smartreg._ascent.settings import LARGEST
 from smartreg._ascent.start import Masks, noise_start
 from smartreg._ascent.sweep import Sweep, ratio
 from smartreg._model.passes import Forward, ModelPasses, check_forward
@@ -213,9 +214,12 @@ def _unchanged(smart: SmartLoss) -> Iterator[None]:
 
 
 def _checked_sizes(epsilons: Sequence[float] | None) -> tuple[float, ...]:
-    sizes = tuple(sorted(float(epsilon) for epsilon in (HALF_DECADES if epsilons is None else epsilons)))
-    if not sizes or not all(0 < size < float("inf") for size in sizes):
-        raise ValueError(f"epsilons must be one or more finite numbers above 0, got {epsilons!r}")
+    try:
+        sizes = tuple(sorted(float(epsilon) for epsilon in (HALF_DECADES if epsilons is None else epsilons)))
+    except (TypeError, ValueError, OverflowError):  # no sequence, or no numbers, or none that a float can hold
+        sizes = ()
+    if not sizes or not all(0 < size <= LARGEST for size in sizes):
+        raise ValueError(f"epsilons must be one or more numbers above 0 and at most {LARGEST:g}, got {epsilons!r}")
     return sizes
 
 

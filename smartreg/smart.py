@@ -191,16 +191,16 @@ class SmartLoss(nn.Module):
 
         Args:
             forward: Runs the module given to it once and returns its output, as in `lambda m: m(**batch)`. It is called
-                several times and must be repeatable: torch's randomness only, arguments left as they are.
-            mask: (batch, sequence), 1 or True for real tokens; padding is never perturbed. With several look-ups of the
-                embedding a sequence of masks, in their order.
+                several times: arguments must stay as they are; the random state of torch, Python and numpy is replayed,
+                and what `model` holds, generators too. A module outside of `model`, such as a head with BatchNorm,
+                counts every pass: make it part of `model`.
+            mask: (batch, sequence), 1 or True for real tokens; padding is never perturbed. One a look-up, in order.
             example_ids: Integers like `mask`, equal inside an example, for (length, batch) or packed rows. None: a row.
             divergence: Overrides the constructor's, for multitask training.
-            noise: The start itself, a tensor of the shape of the embeddings (or one for each look-up), or a function
-                from the embeddings of a look-up to it; with `start="gradient"` u in place of it, likewise for each
-                tensor to compare. None draws it.
-            output_mask: (batch, sequence) for token outputs, 1 or True where the outputs are compared (see
-                `token_mask`); one for each tensor to compare.
+            noise: The start, a tensor of the shape of the embeddings (one for each look-up), or a function from these
+                to it; with `start="gradient"` u, likewise for each tensor to compare. None draws it.
+            output_mask: (batch, sequence) for token outputs, 1 or True where they are compared (see `token_mask`); one
+                for each tensor to compare.
 
         Returns:
             `outputs`, what `forward` returned in the clean pass, and `penalty`.

@@ -57,7 +57,9 @@ def test_logits_none_says_to_switch_fused_kernels_off(output: object) -> None:
 
 
 def test_logits_that_are_no_tensor() -> None:
-    with pytest.raises(TypeError, match=r"must be a tensor, got list; pass output_to_logits"):
+    with pytest.raises(
+        TypeError, match=r"logits of the returned \w+ must be a tensor, got list; pass output_to_logits"
+    ):
         compared_tensors(SimpleNamespace(logits=[1.0, 2.0]))
 
 

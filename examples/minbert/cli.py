@@ -4,9 +4,15 @@ import argparse
 import io
 import sys
 import typing
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from smartreg import SmartWarning
 
 from . import Diverged, InputError, OutputError, distributed
 from .evaluate import evaluate_run
@@ -83,7 +89,8 @@ def exit_code(work: Callable[[], int], after_interrupt: str) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no valid Unicode
     try:
-        return work()
+        with lines_for_warnings():
+            return work()
     except (InputError, OutputError, Diverged) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return {InputError: 2, OutputError: 3, Diverged: 4}[type(error)]
@@ -97,3 +104,35 @@ def exit_code(work: Callable[[], int], after_interrupt: str) -> int:
         return 130
     finally:
         distributed.leave()
+
+
+@contextmanager
+def lines_for_warnings() -> Iterator[None]:
+    """Shows each warning of the library as one line.
+
+    That outputs are no numbers is held back until the block ends, and then left to the error of a run that diverged.
+    """
+    before, held = warnings.showwarning, []
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if not issubclass(category, SmartWarning):
+            before(message, category, *place)
+        elif str(message).startswith("the clean output of the model is not finite"):
+            held.append(message)
+        else:
+            _tell(message)
+
+    warnings.showwarning = show
+    try:
+        yield
+    except Diverged:
+        held.clear()
+        raise
+    finally:
+        warnings.showwarning = before
+        for message in held:
+            _tell(message)
+
+
+def _tell(warning: Warning | str) -> None:
+    tqdm.write(f"warning: {one_line(warning)}", file=sys.stderr)  # which takes a bar away for as long as it writes

@@ -75,9 +75,22 @@ def read_split(folder: Path, task: Task, split: str, limit: int | None = None) -
     if split != "test" and not result.labelled:
         raise InputError(f"{file}:1: no column {task.label!r}; the {split} split needs labels")
     if limit is not None and limit < len(result.examples):
-        order = random.Random(task.name).sample(range(len(result.examples)), len(result.examples))
-        result.examples = [result.examples[i] for i in sorted(order[:limit])]
+        result.examples = [result.examples[i] for i in drawn(task, len(result.examples), limit)]
     return result
+
+
+def drawn(task: Task, count: int, limit: int) -> list[int]:
+    """Which `limit` of `count` rows are looked at, in order: the same in every run, and part of any larger draw.
+
+    The first rows of a file would not do: many files are sorted, by label or by source.
+
+    Example:
+        >>> from minbert.tasks import TASKS
+        >>> set(drawn(TASKS["sst"], 1000, 3)) < set(drawn(TASKS["sst"], 1000, 4))
+        True
+    """
+    order = random.Random(task.name).sample(range(count), count)
+    return sorted(order[:limit])
 
 
 def read_file(file: Path, task: Task) -> Split:

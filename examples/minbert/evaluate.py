@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import InputError, checkpoint, distributed, files, run_folder
 from .batching import SentenceTokenizer, TokenSet, collate, tokenize
-from .data import SAMPLE, read_split
+from .data import SAMPLE, drawn, read_split
 from .distributed import Place, total
 from .model import MultitaskModel, build_model, encoder_config, model_shapes
 from .tasks import TASKS, Metrics, predict, score
@@ -56,11 +56,11 @@ def evaluate(
     limit: int | None = None,
     note: str = "",
 ) -> dict[str, Metrics]:
-    """Metrics of each labelled split, on its first `limit` rows."""
+    """Metrics of each labelled split, on all of its rows or on `limit` of them (see `drawn`)."""
     results = {}
     for name, data in sets.items():
-        rows = range(len(data) if limit is None else min(limit, len(data)))
-        labels = torch.tensor(data.labels)[: len(rows)]
+        rows = drawn(data.task, len(data), len(data) if limit is None else limit)
+        labels = torch.tensor(data.labels)[rows]
         results[name] = score(data.task, outputs_of(model, data, place, rows, note), labels)
     return results
 

@@ -102,16 +102,17 @@ def refuse_occupied(folder: Path) -> None:
     """Raises InputError unless the folder is empty, not there, or was left half-made by a run that was killed."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output-dir {folder}: is a file; name a folder")
+    # Another run may begin there at this moment: listed once, and asked for settings last, it is no stranger's folder.
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    half_made = LOCK in names and _half_made(folder)
     if (folder / "settings.json").exists():
         raise InputError(f"--output-dir {folder}: holds another run; go on with --resume, or name another folder")
-    if folder.is_dir() and not _half_made(folder) and any(folder.iterdir()):
+    if names and not half_made:
         raise InputError(f"--output-dir {folder}: is not empty; name another folder")
 
 
 def _half_made(folder: Path) -> bool:
     """Whether all that is in the folder was made by a run that was killed before `settings.json`."""
-    if not (folder / LOCK).is_file():
-        return False
     own = {LOCK, "encoder", *MADE_FIRST, *(name + files.UNFINISHED for name in MADE_FIRST)}
     return all(path.relative_to(folder).as_posix() in own for path in folder.rglob("*"))
 

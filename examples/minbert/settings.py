@@ -44,6 +44,7 @@ def whole(least: int) -> Bound:
 
 POSITIVE = Bound("a number above 0", lambda value: value > 0 and math.isfinite(value))
 NOT_NEGATIVE = Bound("a number of at least 0", lambda value: value >= 0 and math.isfinite(value))
+SIZE = Bound("a number from 0 to 1e9", lambda value: 0 <= value <= 1e9)  # as the library has it
 RATE = Bound("a number from 0 to below 1", lambda value: 0 <= value < 1)
 
 
@@ -104,7 +105,8 @@ class Settings:
                                  metavar="DIR", free_on_resume=True)
     train_limit: int | None = _data(None, "train on N rows a task, the same for every seed (default: all)", whole(1))
     dev_limit: int | None = _data(None, "evaluate on N dev rows a task (default: all)", whole(1))
-    train_eval_limit: int = _data(2000, "training rows a task that the train metrics are measured on", whole(1))
+    train_eval_limit: int = _data(2000, "measure the train metrics on N training rows a task, drawn once, the same "
+                                  "for every seed and epoch", whole(1))
     max_length: int = _data(128, "tokens a sentence may have; longer ones are cut", whole(4))
     interleave: str = _data("proportional", "proportional: every row once an epoch; round-robin: tasks take turns "
                             "until the largest is through", choices=("proportional", "round-robin"))
@@ -132,9 +134,9 @@ class Settings:
                                   Bound(f"{RATE.text}, or 'paper'", RATE.holds), library="beta", read=beta)
     inner_steps: int = _proximal(1, "S: the teacher moves every S optimizer steps", whole(1))
     lambda_s: float = _smooth(0.3, "weight of the smoothness term", NOT_NEGATIVE)
-    epsilon: float = _smooth(0.15, "radius of the ball", NOT_NEGATIVE, library="epsilon")
-    step_size: float = _smooth(0.15, "of the ascent", NOT_NEGATIVE, library="step_size")
-    noise_std: float = _smooth(0.015, "of the noise that --start noise draws", NOT_NEGATIVE, library="noise_std")
+    epsilon: float = _smooth(0.15, "radius of the ball", SIZE, library="epsilon")
+    step_size: float = _smooth(0.15, "of the ascent", SIZE, library="step_size")
+    noise_std: float = _smooth(0.015, "of the noise that --start noise draws", SIZE, library="noise_std")
     start: str = _smooth("towards_uniform", "where the search begins; noise: Algorithm 1",
                          choices=("noise", "gradient", "towards_uniform"), library="start")
     ascent_steps: int = _smooth(0, "T: 0 takes the start (of noise: random smoothing)", whole(0), library="steps")

@@ -13,6 +13,9 @@ Ascent = Literal["projected", "steepest", "normalized"]
 Start = Literal["noise", "gradient", "towards_uniform"]
 Dropout = Literal["shared", "independent"]
 
+LARGEST = 1e9
+"""Of the sizes: no limit to any embedding, and far from where squares, and with them norms, overflow in float32."""
+
 _NORMS: dict[object, Norm] = {"inf": "inf", math.inf: "inf", "2": "2", 2: "2"}
 _CHOICES = {
     "norm_over": get_args(NormOver),
@@ -53,7 +56,7 @@ class SmartSettings:
             ValueError: A number is out of range or an option is misspelt.
         """
         for name in ("epsilon", "step_size", "noise_std"):
-            _require_non_negative(name, options[name])
+            _require_size(name, options[name])
         for name in ("detach_reference", "ascent_autocast"):
             if not isinstance(options[name], bool):
                 raise TypeError(f"{name} must be True or False, got {options[name]!r}")
@@ -74,7 +77,8 @@ class SmartSettings:
         return cls(norm=checked_norm, **options)
 
 
-def _require_non_negative(name: str, value: object) -> None:
+def require_not_negative(name: str, value: object) -> float:
+    """The value as a float; a `TypeError` or `ValueError` unless it is a finite number of 0 or more."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
@@ -83,3 +87,12 @@ def _require_non_negative(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite and not negative, got an int that no float can hold") from None
     if not fine:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return float(value)
+
+
+def _require_size(name: str, value: object) -> None:
+    if (size := require_not_negative(name, value)) > LARGEST:
+        raise ValueError(
+            f"{name} must be at most {LARGEST:g}, got {size:g}: norms of much more overflow in float32, and "
+            f"{LARGEST:g} is as good as no limit"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from smartreg import MomentumBregman, SmartLoss
+from smartreg._ascent.settings import require_not_negative
 from smartreg._wrappers import innermost
 
 Forward = Callable[[nn.Module], Any]
@@ -28,6 +28,7 @@ class Strength:
         smart_warmup_steps: λ_s grows from 0 over so many optimizer steps.
 
     Raises:
+        TypeError: A weight is no number.
         ValueError: A weight is negative or not finite, or a number of steps is out of range.
     """
 
@@ -38,9 +39,7 @@ class Strength:
 
     def __post_init__(self) -> None:
         for name in ("smart_lambda", "bregman_mu"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
+            require_not_negative(name, getattr(self, name))
         if self.smart_every < 1:
             raise ValueError(f"smart_every must be 1 (every step) or more, got {self.smart_every}")
         if self.smart_warmup_steps < 0:

@@ -4,15 +4,19 @@ import json
 import os
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from example_tools import SAMPLE, command, run_options, tiny_encoder
 
-from minbert import InputError
-from minbert.cli import main
+from minbert import Diverged, InputError
+from minbert.cli import lines_for_warnings, main
 from minbert.files import parsing
+from minbert.progress import diverged
+from smartreg import SmartLoss
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +116,9 @@ def test_defective_data(
         (["--train-limit", "0"], "--train-limit: expected a whole number of at least 1, got 0"),
         (["--max-length", "2"], "--max-length: expected a whole number of at least 4, got 2"),
         (["--lambda-s", "-0.1"], "--lambda-s: expected a number of at least 0, got -0.1"),
-        (["--epsilon", "inf"], "--epsilon: expected a number of at least 0, got inf"),
+        (["--epsilon", "inf"], "--epsilon: expected a number from 0 to 1e9, got inf"),
+        (["--step-size", "1e30"], "--step-size: expected a number from 0 to 1e9, got 1e+30"),
+        (["--noise-std", "-1"], "--noise-std: expected a number from 0 to 1e9, got -1"),
         (["--ascent-steps", "-1"], "--ascent-steps: expected a whole number of at least 0, got -1"),
         (["--beta", "1"], "--beta: expected a number from 0 to below 1, or 'paper', got 1"),
         (["--dropout", "1"], "--dropout: expected a number from 0 to below 1, got 1"),
@@ -239,3 +245,30 @@ def test_odd_names(tmp_path: Path, refused: Callable[..., str], encoder: Path) -
     assert "no such folder" in refused("--data-dir", tmp_path / "two\nlines", "--encoder", encoder)
     os.mkfifo(tmp_path / "settings.json")  # would be waited for
     assert "settings.json: expected a file" in refused("--evaluate", tmp_path)
+
+
+def test_outputs_that_are_no_numbers_are_told_where_no_error_tells_them(capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(3, 2), torch.nn.Flatten(), torch.nn.Linear(2, 2))
+    torch.nn.init.constant_(model[2].bias, torch.nan)
+
+    def call() -> None:
+        SmartLoss(model, embedding="0")(lambda m: m(torch.tensor([[1], [2]])))
+
+    def diverge() -> None:
+        call()
+        raise diverged("at step 1 the loss is nan")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with lines_for_warnings():
+            call()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: the clean output of the model is not finite, before any perturbation")
+        with pytest.raises(Diverged, match="at step 1"), lines_for_warnings():
+            diverge()
+        assert capsys.readouterr().err == ""
+        before = warnings.showwarning
+        with pytest.warns(DeprecationWarning, match="of Python"), lines_for_warnings():
+            warnings.warn("of Python", DeprecationWarning, stacklevel=1)  # others go where they went before
+        assert capsys.readouterr().err == ""
+        assert warnings.showwarning is before

@@ -4,6 +4,7 @@
 """
 
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,10 +16,11 @@ import torch
 from example_tools import command, run_options, tiny_encoder
 from fault_tools import Ended, Fault, Runs, assert_same_end
 
-from minbert import checkpoint
+from minbert import InputError, checkpoint, run_folder
 from minbert.files import UNFINISHED
 
 FLAGS = ["--tasks", "sst", "--train-limit", 12, "--dev-limit", 4, "--batch-size", 4, "--epochs", 2, "--save-every", 2]
+FLAGS += ["--train-eval-limit", 5]
 MOMENTS = {"training": 6, "saving": 36, "preparing": 10, "finishing": 8}
 """How often each is counted in a run of these flags, at least."""
 
@@ -186,6 +188,21 @@ def test_two_runs_in_one_folder(runs: Runs, flags: list[object], whole: Path, tm
     two_at_once(runs, tmp_path / "run", flags, whole)
 
 
+def test_a_run_that_begins_while_another_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = run_folder._half_made
+
+    def begin_and_look(folder: Path) -> bool:
+        for name in ("settings.json", "metrics.jsonl"):
+            (folder / name).write_text("{}")
+        return look(folder)
+
+    (tmp_path / run_folder.LOCK).touch()
+    run_folder.refuse_occupied(tmp_path)  # left by a run that was killed
+    monkeypatch.setattr(run_folder, "_half_made", begin_and_look)
+    with pytest.raises(InputError, match="holds another run"):
+        run_folder.refuse_occupied(tmp_path)
+
+
 @pytest.mark.slow
 def test_two_runs_in_one_folder_many_times(
     runs: Runs, flags: list[object], whole: Path, tmp_path: Path, row: list[str]
@@ -222,8 +239,6 @@ def repairs(runs: Runs, halved: Path, folder: Path, draw: random.Random, whole: 
 
 
 def _damaged(folder: Path) -> bool:
-    from minbert import InputError
-
     try:
         checkpoint.verify(checkpoint.found(folder)[0])
     except InputError:
@@ -265,7 +280,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed (no CUDA either)")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
 def test_a_rank_is_killed(flags: list[object], tmp_path: Path, row: list[str]) -> None:
     from fault_tools import ROOT
 
@@ -308,9 +323,17 @@ def test_strangers_in_the_folder_are_left_alone(
 def test_a_run_that_diverged_says_so(runs: Runs, flags: list[object], tmp_path: Path) -> None:
     ended = runs.run("--output-dir", tmp_path / "run", *flags, "--lr", "1e20")
     assert ended.code == 4
-    *_, line = ended.errors  # before it, the library has warned that an output is no number
+    (line,) = ended.errors
     assert line.startswith("error: the run has diverged: at step 2 the loss of sst is nan; begin again with a smaller")
     assert checkpoint.latest(tmp_path / "run") is None  # no weights that are no numbers are kept
+
+
+def test_a_warning_of_the_library_is_one_line(runs: Runs, flags: list[object], tmp_path: Path) -> None:
+    few = ["--max-steps", 1, "--amp", "bf16", "--epsilon", "1e-6", "--step-size", "1e-6"]
+    ended = runs.run("--output-dir", tmp_path / "run", *flags, *few)
+    assert ended.code == 0
+    (line,) = ended.errors
+    assert re.fullmatch(r"warning: .*: too small for bfloat16 autocast, .*", line)
 
 
 def test_metrics_that_were_cut_off_do_not_make_a_run_complete(

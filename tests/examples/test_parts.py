@@ -5,6 +5,7 @@ import importlib
 import json
 import pkgutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from minbert import InputError
 from minbert.batching import Batch, TokenSet, collate, epoch_steps, micro_batches, share
 from minbert.bert import BertConfig, BertEncoder
 from minbert.checkpoint import pack, unpack
+from minbert.data import drawn
+from minbert.distributed import Place
+from minbert.evaluate import evaluate
 from minbert.model import MultitaskModel, pair_features
 from minbert.objective import Objective, SeededNoise
 from minbert.optimizer import equation3, make_schedule, schedule_note
@@ -178,6 +182,30 @@ def test_metrics() -> None:
     assert pearson(torch.ones(3), torch.tensor([1.0, 2, 3])) == 0.0
     assert pearson(torch.tensor([1.0, 2, 3]), torch.ones(3)) is None
     assert pearson(torch.ones(1), torch.ones(1)) is None
+
+
+class Zero(torch.nn.Module):
+    """Answers with the first class, whatever the sentence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.encoder = torch.nn.Parameter(torch.ones(1)), SimpleNamespace(config=TINY)
+
+    def forward(self, task: str, sentences: tuple[torch.Tensor, ...], masks: object) -> torch.Tensor:
+        return self.weight * F.one_hot(torch.zeros(len(sentences[0]), dtype=torch.long), TASKS[task].outputs)
+
+
+def test_metrics_on_some_rows_are_those_of_a_draw() -> None:
+    """In a file sorted by label the first rows are all of one class."""
+    labels = [0.0] * 400 + [3.0] * 600
+    sets = {"sst": TokenSet(TASKS["sst"], list(map(str, range(1000))), [([1, 2],)] * 1000, labels, 0)}
+    found = evaluate(Zero(), sets, Place(CPU), 200)["sst"]
+    assert found["n"] == 200
+    assert found["accuracy"] == sum(row < 400 for row in drawn(TASKS["sst"], 1000, 200)) / 200
+    assert found["accuracy"] == pytest.approx(0.4, abs=3 * (0.4 * 0.6 / 200) ** 0.5)  # of a binomial's deviations
+    assert found == evaluate(Zero(), sets, Place(CPU), 200)["sst"]
+    assert evaluate(Zero(), sets, Place(CPU))["sst"]["accuracy"] == 0.4
+    assert evaluate(Zero(), sets, Place(CPU), 5000)["sst"]["n"] == 1000
 
 
 def test_baselines() -> None:

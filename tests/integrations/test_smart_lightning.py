@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -217,6 +218,17 @@ def test_two_ranks_are_the_loop_by_hand(tmp_path: Path) -> None:
         found = torch.load(tmp_path / f"{rank}.pt")
         assert farthest(found["weights"], weights(model)) < 1e-9
         assert farthest(found["averages"], averages(teacher)) < 1e-9
+
+
+def test_what_the_callback_cannot_regularize_is_refused() -> None:
+    """The processes and the strategy are what a trainer says of itself."""
+    several = SimpleNamespace(world_size=2, strategy=None)
+    with pytest.raises(ValueError, match="must have no generator on several processes, got one: Lightning saves the"):
+        callback(smart_options={"generator": torch.Generator()}).setup(several, lightning.LightningModule(), "fit")
+    callback(smart_options={"generator": torch.Generator()}).setup(several, lightning.LightningModule(), "validate")
+    sharded = SimpleNamespace(world_size=2, strategy=type("DeepSpeedStrategy", (), {})())
+    with pytest.raises(RuntimeError, match="not been made to work with DeepSpeedStrategy: use DDP"):
+        callback().setup(sharded, lightning.LightningModule(), "fit")
 
 
 def test_a_step_without_the_callback_is_an_error(tmp_path: Path) -> None:

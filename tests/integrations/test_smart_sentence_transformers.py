@@ -19,6 +19,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import Tensor, nn
 from trainer_tools import SEARCH, arguments, averages, farthest, row_noise, weights
 
@@ -220,6 +221,15 @@ def test_a_cross_encoder_compares_its_scores(tmp_path: Path) -> None:
     assert loss.regularizers.bregman.updates == STEPS
     assert loss.regularizers.bregman.divergence.__name__ == "binary_symmetric_kl"
     assert loss.regularizers.smart.stats.penalty > 1e-6
+
+
+def test_a_model_without_a_transformer_inside_has_to_be_told(tmp_path: Path) -> None:
+    tokenizer = transformers.BertTokenizerFast.from_pretrained(checkpoint(tmp_path / "encoder")).backend_tokenizer
+    torch.manual_seed(0)
+    static = StaticEmbedding(tokenizer, embedding_dim=8)
+    model = sentence_transformers.SentenceTransformer(modules=[static], device="cpu").double()
+    with pytest.raises(ValueError, match="has no transformer inside whose embedding could be perturbed: pass"):
+        trained(tmp_path, model, Cosine(model), data())
 
 
 def test_a_trainer_without_the_callback_is_an_error(tmp_path: Path) -> None:

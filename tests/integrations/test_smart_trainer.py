@@ -30,6 +30,7 @@ from trainer_tools import (
 )
 
 from smartreg import SmartLoss, SmartWarning
+from smartreg.integrations._heads import infer_head
 from smartreg.integrations.transformers import (
     SmartSeq2SeqTrainer,
     SmartSeq2SeqTrainingArguments,
@@ -436,7 +437,9 @@ def test_two_ranks_resume_bit_for_bit(ranks: Path) -> None:
     ],
 )
 def test_a_divergence_for_another_head_is_an_error(tmp_path: Path, name: str, wrong: str, right: str) -> None:
-    with pytest.raises(ValueError, match=f"divergence='{wrong}' compares .* does .*: expected '{right}'"):
+    with pytest.raises(
+        ValueError, match=f"divergence='{wrong}' compares .* does .*: expected '{right}', which is taken"
+    ):
         trained(tmp_path, name, divergence=wrong)
 
 
@@ -456,6 +459,8 @@ class Plain(nn.Module):
 def test_a_class_that_nobody_knows_has_to_be_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot tell from the class Plain what its outputs are: pass divergence="):
         trained(tmp_path, "one label", Plain())
+    with pytest.raises(ValueError, match="classification is compared where there are labels, got a batch of input_ids"):
+        infer_head(CASES["tokens"].model()).output_mask({"input_ids": torch.ones(2, 3)})
     trainer = trained(tmp_path, "one label", Plain(), divergence="symmetric_kl")  # and has no attention mask
     assert trainer.regularizers.smart.stats.penalty > 1e-6
     with pytest.raises(
@@ -470,6 +475,10 @@ def test_arguments_without_the_fields_are_an_error(tmp_path: Path) -> None:
         SmartTrainer(CASES["one label"].model(), made)
     with pytest.raises(ValueError, match="smart_every must be 1"):
         trainer_of(tmp_path, "one label", smart_every=0)
+    with pytest.raises(ValueError, match=r"smart_warmup_steps must be 0 \(none\) or more, got -1"):
+        trainer_of(tmp_path, "one label", smart_warmup_steps=-1)
+    with pytest.raises(TypeError, match=r"smart_lambda must be a number, got '0\.3'"):
+        trainer_of(tmp_path, "one label", smart_lambda="0.3")
     with pytest.raises(ValueError, match="bregman_mu must be finite and not negative, got -1"):
         trainer_of(tmp_path, "one label", bregman_mu=-1.0)
 
@@ -486,7 +495,10 @@ def test_a_loss_of_no_or_two_passes_is_an_error(tmp_path: Path, times: int) -> N
 
     made = arguments(tmp_path, SmartTrainingArguments, **ON)
     trainer = Mine(CASES["one label"].model(), made, train_dataset=Rows(batch_of("one label")))
-    with pytest.raises(RuntimeError, match="called the model twice" if times else "never called the model"):
+    with pytest.raises(
+        RuntimeError,
+        match="called the model twice for one batch" if times else "never called the model that it was given",
+    ):
         trainer.train()
 
 

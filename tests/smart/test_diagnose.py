@@ -183,9 +183,9 @@ def test_nothing_is_left_behind() -> None:
     assert dict(model.words._forward_hooks) == hooks
 
 
-@pytest.mark.parametrize("epsilons", [[], [0.0, 0.1], [float("inf")], [float("nan")]])
-def test_sizes_must_be_above_zero(epsilons: list[float]) -> None:
-    with pytest.raises(ValueError, match="epsilons must be one or more finite numbers above 0"):
+@pytest.mark.parametrize("epsilons", [[], [0.0, 0.1], [float("inf")], [float("nan")], [1e30], [10**400], 0.1, "ab"])
+def test_sizes_must_be_above_zero(epsilons: Any) -> None:
+    with pytest.raises(ValueError, match=r"epsilons must be one or more numbers above 0 and at most 1e\+09, got"):
         run(models.build(), epsilons=epsilons)
 
 

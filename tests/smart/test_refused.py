@@ -54,7 +54,7 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     (MASK.tolist(), TypeError, r"got (a list with a )?list; pass torch\.as_tensor"),
     (MASK.numpy(), TypeError, r"got ndarray; pass torch\.as_tensor"),
     (True, TypeError, r"got bool"),
-    (MASK.to("meta"), TypeError, r"got one on the meta device, without values"),
+    (MASK.to("meta"), TypeError, r"be a tensor of 0 and 1 or booleans, got one on the meta device, without values"),
     (MASK.to_sparse(), TypeError, r"got a sparse_coo one; pass its to_dense"),
     (MASK + 0j, TypeError, r"got one of torch\.complex64"),
 ]
@@ -121,12 +121,35 @@ def test_scores_of_a_batch_have_divergences_of_their_own(name: str) -> None:
     assert smart(score, noise=delta).penalty.item() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["epsilon", "step_size", "noise_std"])
+def test_sizes_whose_norm_overflows(name: str) -> None:
+    """In float32 the norm of a perturbation of 1e30 is infinite, and its projection would be 0."""
+    for size in (1e30, 10**30, 1.1e9):
+        with pytest.raises(
+            ValueError, match=rf"{name} must be at most 1e\+09, got 1\.?1?e\+\d+: norms of much more overf"
+        ):
+            SmartLoss(build(), **{name: size})
+        with pytest.raises(ValueError, match=rf"{name} must be at most 1e\+09, got"):
+            smoothness_penalty(lambda x: x, torch.ones(2, 2, 3), **{name: size})
+
+
+@pytest.mark.parametrize("start", ["noise", "towards_uniform"])
+@pytest.mark.parametrize("norm", ["2", "inf"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_largest_sizes_fill_the_ball(start: str, norm: str, steps: int) -> None:
+    sizes = {"epsilon": 1e9, "step_size": 1e9, "noise_std": 1e9, "epsilon_scale": "absolute"}
+    smart = SmartLoss(build(dtype=torch.float32), start=start, norm=norm, steps=steps, **sizes, divergence="mse")
+    smart(lambda m: m.hidden(torch.tanh(1e-9 * m.embedding(IDS).mean(1))))  # the ball ends where tanh does
+    assert smart.stats.radius_used == pytest.approx(1, rel=1e-5)
+    assert smart.stats.bad_examples == 0
+
+
 def test_what_cannot_be_perturbed_or_run() -> None:
     ragged = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)
     words = torch.nested.nested_tensor([torch.ones(2).long(), torch.ones(4).long()], layout=torch.jagged)
     with pytest.raises(TypeError, match=r"embeds must be a dense tensor, got a nested one: pad it"):
         smoothness_penalty(lambda x: x, ragged)
-    with pytest.raises(TypeError, match=r"input of symmetric_kl must be a dense tensor, got a nested one"):
+    with pytest.raises(TypeError, match=r"input of symmetric_kl must be a dense tensor, got a .*; pad or densify it"):
         symmetric_kl(ragged, ragged)
     with pytest.raises(TypeError, match=r"target of binary_symmetric_kl must be a dense tensor, got a torch"):
         binary_symmetric_kl(torch.ones(2), torch.ones(2).to_sparse())
@@ -216,7 +239,7 @@ def test_a_clean_output_that_is_not_finite_is_told_once(memory_efficient: bool) 
 
 def test_an_overflow_of_the_perturbed_pass_alone_is_told_apart() -> None:
     with pytest.warns(SmartWarning, match=r"penalty is (inf|nan), and the clean output is finite: the perturbed pass"):
-        SmartLoss(build(dtype=torch.float32), epsilon=1e15, divergence="mse")(lambda m: m.embedding(IDS).square())
+        SmartLoss(build(dtype=torch.float32), epsilon=1e9, divergence="mse")(lambda m: m.embedding(IDS) ** 4)
 
 
 def test_a_class_that_is_out_of_the_question_is_finite_enough() -> None:

@@ -38,6 +38,21 @@ class Decoder(nn.Module):
 
 
 @both_modes
+def test_a_head_with_batch_norm_counts_one_pass_as_part_of_the_model(memory_efficient: bool) -> None:
+    """Beside the model it counts every pass, as `forward` of `SmartLoss` says."""
+    ids = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    counted = {}
+    for inside in (True, False):
+        encoder = nn.Sequential(nn.Embedding(VOCABULARY, FEATURES), nn.Flatten())
+        head = nn.Sequential(nn.BatchNorm1d(2 * FEATURES), nn.Linear(2 * FEATURES, CLASSES))
+        model = nn.ModuleDict({"encoder": encoder, "head": head}) if inside else encoder
+        smart = SmartLoss(model, embedding=encoder[0], memory_efficient=memory_efficient, check_first_call=False)
+        smart((lambda m: m["head"](m["encoder"](ids))) if inside else (lambda m, head=head: head(m(ids))))
+        counted[inside] = int(head[0].num_batches_tracked)
+    assert counted == {True: 1, False: 3 if memory_efficient else 2}  # the passes that the docs count
+
+
+@both_modes
 @pytest.mark.parametrize("dropout", ["shared", "independent"])
 def test_a_look_up_that_follows_the_output_is_its_own(dropout: Any, memory_efficient: bool) -> None:
     model, ids = Decoder().eval(), torch.arange(1, 7)

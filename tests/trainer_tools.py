@@ -199,11 +199,12 @@ def by_hand(
     steps: int,
     *,
     task: Callable[[Any, dict[str, Tensor]], Tensor] | None = None,
+    search: dict[str, Any] = SEARCH,
 ) -> MomentumBregman:
     """The whole batch at every step, in the five lines of the start page; trains `model`, returns its teacher."""
     case = CASES[name]
     compare = {"divergence": case.divergence, "output_to_logits": case.output_to_logits}
-    smart, bregman = SmartLoss(model, **compare, **SEARCH), MomentumBregman(model, beta=BETA, **compare)
+    smart, bregman = SmartLoss(model, **compare, **search), MomentumBregman(model, beta=BETA, **compare)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     output_mask = None if case.output_mask is None else case.output_mask(batch)
     model.train()
@@ -239,3 +240,25 @@ def averages(bregman: MomentumBregman) -> dict[str, Tensor]:
 def farthest(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     assert left.keys() == right.keys()
     return max((left[name].double() - right[name].double()).abs().max().item() for name in left)
+
+
+def forwards(model: nn.Module) -> list[bool]:
+    """Grows by whether the model is in training, at each of its calls."""
+    calls: list[bool] = []
+    model.register_forward_pre_hook(lambda module, _: calls.append(module.training))
+    return calls
+
+
+class Interrupted(transformers.TrainerCallback):
+    """Stops a run where it has saved itself."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = True
+
+
+class Overflow(transformers.TrainerCallback):
+    """Puts an infinity into the gradients of the second step."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        if state.global_step == 1:
+            next(model.parameters()).grad[0] = torch.inf

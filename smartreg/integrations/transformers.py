@@ -7,7 +7,7 @@ that label smoothing, `compute_loss_func`, subclasses, `num_items_in_batch` and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,11 +185,6 @@ class SmartTrainerMixin(_Parent):
         totals: list[Tensor | float] = []
 
         def clean_pass(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("fused_lm_head"):
-                raise RuntimeError(
-                    f"{type(self).__name__} asks for a fused head (TRL's trainers do), whose output has no logits to "
-                    f"compare: use the Trainer of transformers"
-                )
             if totals:
                 raise RuntimeError(
                     f"{type(self).__name__}.compute_loss called the model twice for one batch, and SMART regularizes "
@@ -201,8 +196,13 @@ class SmartTrainerMixin(_Parent):
             totals.append(sum(terms.values()))
             return outputs
 
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():  # the parent looks at something; what trains is another pass
+                return model(*args, **kwargs)
+            return self._answer(clean_pass, *args, **kwargs)
+
         result = super().compute_loss(
-            StandIn(model, clean_pass), inputs, return_outputs, num_items_in_batch=num_items_in_batch
+            StandIn(model, call), inputs, return_outputs, num_items_in_batch=num_items_in_batch
         )
         if not totals:
             raise RuntimeError(
@@ -223,6 +223,15 @@ class SmartTrainerMixin(_Parent):
             if gain is not None:
                 logs["smart_ascent_gain"] = gain
         super().log(logs, *args, **kwargs)
+
+    def _answer(self, clean_pass: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the parent's call of the model returns."""
+        if kwargs.get("fused_lm_head"):
+            raise RuntimeError(
+                f"{type(self).__name__} asks for a fused head (TRL's trainers do), whose output has no logits to "
+                f"compare: use SmartSFTTrainer, or the Trainer of transformers"
+            )
+        return clean_pass(*args, **kwargs)
 
     # Checkpoints
 

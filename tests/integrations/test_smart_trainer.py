@@ -19,12 +19,15 @@ from trainer_tools import (
     LAMBDA,
     MU,
     SEARCH,
+    Interrupted,
+    Overflow,
     Rows,
     arguments,
     averages,
     batch_of,
     by_hand,
     farthest,
+    forwards,
     row_noise,
     weights,
 )
@@ -169,13 +172,6 @@ def test_a_loss_that_ignores_the_count_is_said(tmp_path: Path) -> None:
 # (a) Weights of 0
 
 
-def forwards(model: nn.Module) -> list[bool]:
-    """Grows by whether the model is in training, at each of its calls."""
-    calls: list[bool] = []
-    model.register_forward_pre_hook(lambda module, _: calls.append(module.training))
-    return calls
-
-
 @pytest.mark.parametrize("more", [{}, {"label_smoothing_factor": 0.2}, {"compute_loss_func": in_double}])
 @pytest.mark.parametrize("name", ["one label", "causal, Llama"])
 def test_weights_of_0_are_the_stock_trainer(tmp_path: Path, name: str, more: dict[str, Any]) -> None:
@@ -210,11 +206,6 @@ def test_a_term_of_weight_0_costs_nothing(tmp_path: Path) -> None:
 
 
 # (d) Interrupted and resumed
-
-
-class Interrupted(transformers.TrainerCallback):
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop = True
 
 
 def generator() -> torch.Generator:
@@ -356,14 +347,6 @@ def test_generation_is_that_of_the_model(tmp_path: Path) -> None:
 
 
 # (g) A step that was skipped
-
-
-class Overflow(transformers.TrainerCallback):
-    """Puts an infinity into the gradients of the second step."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        if state.global_step == 1:
-            next(model.parameters()).grad[0] = torch.inf
 
 
 def test_a_step_that_the_scaler_skips_moves_no_teacher(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def diagnose(
     divergence: str | Divergence | None = None,
     epsilons: Sequence[float] | None = None,
     output_mask: OutputMask = None,
+    example_ids: Masks = None,
     loss: float | Tensor | None = None,
     reference_steps: int = 10,
     **options: Any,
@@ -75,6 +76,7 @@ def diagnose(
         mask: As in the call of `SmartLoss`.
         divergence: A name or a function; None: `"symmetric_kl"`.
         output_mask: As in the call of `SmartLoss`.
+        example_ids: As in the call of `SmartLoss`.
         epsilons: Sizes above 0, in any order, in the unit of `epsilon_scale`. None: half decades from 1e-5 to 1.
         loss: The task loss on this batch, for the column `lambda_s`.
         reference_steps: Steps of the ascent that `share_of_maximum` is measured against; 0 leaves it out, and saves
@@ -118,7 +120,7 @@ def diagnose(
     smart = SmartLoss(model, divergence=resolved, epsilon=1.0, step_size=1.0, noise_std=1.0, **options)
     try:
         with _unchanged(smart):
-            sweep = _swept_batch(smart, forward, Query(resolved, mask, None, output_mask))
+            sweep = _swept_batch(smart, forward, Query(resolved, mask, None, output_mask, example_ids))
             rows = [sweep.row(size, reference_steps) for size in sizes]
     finally:
         smart.remove()

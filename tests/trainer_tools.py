@@ -186,7 +186,7 @@ class Rows(torch.utils.data.Dataset):
         self.batch = batch
 
     def __len__(self) -> int:
-        return len(self.batch["input_ids"])
+        return len(next(iter(self.batch.values())))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {key: value[index] for key, value in self.batch.items()}

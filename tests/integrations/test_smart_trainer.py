@@ -406,6 +406,12 @@ def test_two_ranks_resume_bit_for_bit(ranks: Path) -> None:
         assert farthest(whole["averages"], resumed["averages"]) == 0.0
 
 
+def test_the_trainers_own_compilation_is_refused_on_several_processes(ranks: Path) -> None:
+    for rank in range(2):
+        said = (ranks / f"compiled {rank}.txt").read_text()
+        assert said.startswith("SmartLoss cannot take DistributedDataParallel off inside torch.compile")
+
+
 # What is refused, and what is taken as it comes
 
 

@@ -44,8 +44,8 @@ def without_ddp(model: nn.Module) -> nn.Module:
         )
     if "opacus" in sys.modules and any(_takes_gradients_of_examples(module) for module in model.modules()):
         raise RuntimeError(
-            f"SmartLoss cannot run inside of Opacus, got {type(model).__name__}: the gradient of each example would have "
-            f"to come from one pass, and a call makes several. Train without PrivacyEngine, or without SmartLoss"
+            f"SmartLoss cannot run inside of Opacus, got {type(model).__name__}: the gradient of each example would "
+            f"have to come from one pass, and a call makes several. Train without PrivacyEngine, or without SmartLoss"
         )
     if _is_optimized(model) and isinstance(model.get_submodule("_orig_mod"), DistributedDataParallel):
         raise RuntimeError(

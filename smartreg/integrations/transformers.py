@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smartreg._warnings import warn
 from smartreg.divergences import Divergence
-from smartreg.integrations._heads import Head, Masks, OutputToLogits, infer_head, look_up_masks
+from smartreg.integrations._heads import Head, Masks, OutputToLogits, infer_head, look_up_examples, look_up_masks
 from smartreg.integrations._regularizers import Regularizers, Strength, require
 from smartreg.integrations._stand_in import StandIn
 
@@ -190,9 +190,8 @@ class SmartTrainerMixin(_Parent):
                     f"{type(self).__name__}.compute_loss called the model twice for one batch, and SMART regularizes "
                     f"one pass: use SmartLoss and MomentumBregman in a compute_loss of your own"
                 )
-            outputs, terms = self.regularizers(
-                model, lambda m: m(*args, **kwargs), self.state.global_step, mask=masks, output_mask=output_mask
-            )
+            where: dict[str, Any] = {"mask": masks, "output_mask": output_mask, "example_ids": look_up_examples(batch)}
+            outputs, terms = self.regularizers(model, lambda m: m(*args, **kwargs), self.state.global_step, **where)
             totals.append(sum(terms.values()))
             return outputs
 

@@ -43,29 +43,23 @@ class SmartSFTTrainer(SmartTrainerMixin, SFTTrainer):
     keep entropy, mean token accuracy and the number of tokens. Training needs the memory of the logits, which TRL's
     fused head saves; evaluation does not.
 
-    Several sequences in one row (`padding_free`, or `packing` by `"bfd"`) are one example to `SmartLoss`. A radius and
-    a norm that do not look at the row make that the same as padded batches:
-    `smart_options={"norm_over": "token", "epsilon_scale": "absolute", "epsilon": ...}`. The chunks of
-    `packing_strategy="wrapped"` are examples as they are.
+    Several sequences in one row (`padding_free`, or `packing` by `"bfd"`) are an example each, as in padded batches. A
+    chunk of `packing_strategy="wrapped"` is one.
 
     Args:
         *args: As for the parent.
-        smart_options: See `SmartTrainerMixin`.
         **kwargs: As for the parent, and for `SmartTrainerMixin`.
 
     Raises:
         TypeError: The arguments lack the fields, see `SmartSFTConfig`.
-        ValueError: A field is out of range, or rows of several sequences meet a radius that is one row's.
+        ValueError: A field is out of range.
         RuntimeError: The model's forward was replaced by something that no copy of the model could have.
     """
 
-    def __init__(self, *args: Any, smart_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, smart_options=smart_options, **kwargs)
-        strength = self.regularizers.strength
-        if self.padding_free and strength.smart_lambda:
-            _refuse_radius_of_rows(smart_options or {})
-        if strength.bregman_mu:
-            _let_copies_run_themselves(self.accelerator.unwrap_model(self.model))
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.regularizers.strength.bregman_mu:
+            _let_copies_run_themselves(self.model)
 
     def _answer(self, clean_pass: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not kwargs.pop("fused_lm_head", False):
@@ -107,16 +101,6 @@ def fused_output(outputs: Any, labels: Tensor | None, shift_labels: Tensor | Non
         label_mask=known,
         aux_loss=getattr(outputs, "aux_loss", None),
     )
-
-
-def _refuse_radius_of_rows(options: Mapping[str, Any]) -> None:
-    given = {name: options.get(name) for name in ("norm_over", "epsilon_scale")}
-    if given != {"norm_over": "token", "epsilon_scale": "absolute"}:
-        raise ValueError(
-            f"padding_free=True, and packing=True with it, puts several sequences into one row, and the radius of each "
-            f"would depend on its neighbours: expected smart_options with norm_over='token' and "
-            f"epsilon_scale='absolute', got {given}. Or set padding_free=False and packing=False"
-        )
 
 
 def _let_copies_run_themselves(model: nn.Module) -> None:

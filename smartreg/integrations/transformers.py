@@ -161,6 +161,13 @@ class SmartTrainerMixin(_Parent):
                 f"SMART has not been made to work with {sharded[0]} inside of the Trainer, which shards the model "
                 f"before a teacher can be copied: use DistributedDataParallel, or fully_shard in a loop of your own"
             )
+        plan = getattr(self.accelerator, "parallelism_config", None)
+        split = [kind for kind in ("tp", "cp", "sp") if getattr(plan, f"{kind}_enabled", False)]
+        if split and self.regularizers.strength:
+            raise RuntimeError(
+                f"SMART has not been made to work with {split[0]}_size > 1 of a ParallelismConfig, where a process "
+                f"sees a part of each example or layer: use DistributedDataParallel"
+            )
         self.regularizers.restart()
         self._head = self._counts = None
         return super().train(*args, **kwargs)

@@ -512,6 +512,20 @@ def test_what_the_trainer_cannot_regularize_is_refused(tmp_path: Path) -> None:
             trainer.train()
 
 
+@pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
+def test_what_splits_an_example_or_a_layer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    class Split:  # a real one wants as many processes
+        def __getattr__(self, name: str) -> bool:
+            return name == f"{kind}_enabled"
+
+    trainer = trainer_of(tmp_path, "one label")
+    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", Split())
+    with pytest.raises(RuntimeError, match=f"SMART has not been made to work with {kind}_size > 1"):
+        trainer.train()
+
+
 def test_the_arguments_become_flags() -> None:
     parser = transformers.HfArgumentParser(SmartTrainingArguments)
     flags = "--smart_lambda 0.5 --smart_epsilon 0.1 --smart_memory_efficient --smart_every 2 --report_to none"

@@ -42,6 +42,11 @@ def without_ddp(model: nn.Module) -> nn.Module:
             "SmartLoss needs one module a process, got torch.nn.DataParallel, whose replicas live for one forward; "
             "use DistributedDataParallel"
         )
+    if "opacus" in sys.modules and any(_takes_gradients_of_examples(module) for module in model.modules()):
+        raise RuntimeError(
+            f"SmartLoss cannot run inside of Opacus, got {type(model).__name__}: the gradient of each example would "
+            f"have to come from one pass, and a call makes several. Train without PrivacyEngine, or without SmartLoss"
+        )
     if _is_optimized(model) and isinstance(model.get_submodule("_orig_mod"), DistributedDataParallel):
         raise RuntimeError(
             "SmartLoss cannot take DistributedDataParallel off inside torch.compile: got "
@@ -58,6 +63,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def is_compiled(model: nn.Module) -> bool:
     """Whether any part of the model runs through `torch.compile`."""
     return any(_is_optimized(m) or m._compiled_call_impl is not None for m in model.modules())
+
+
+def _takes_gradients_of_examples(module: nn.Module) -> bool:
+    # Told by where its class comes from, so that Opacus need not be imported.
+    places = ("opacus.grad_sample", "opacus.distributed")
+    return any(cls.__module__.startswith(places) for cls in type(module).__mro__)
 
 
 def _is_optimized(module: nn.Module) -> bool:

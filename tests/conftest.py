@@ -22,6 +22,7 @@ COUNT_PASSES = {
     "test_properties",
     "test_reference",
     "test_smart_trainer",
+    "test_smart_trl",
     "test_smoothness_penalty",
     "test_state",
     "test_stats",

@@ -92,6 +92,13 @@ def _next(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {"labels": labels}
 
 
+def _next_but_the_first(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Versions of the Trainer differ in whether they count the label of the first token, which no logits are for."""
+    labels = _next(ids, mask)["labels"]
+    labels[:, 0] = -100
+    return {"labels": labels}
+
+
 def _spans(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {"start_positions": ids[:, 0] % 3, "end_positions": ids[:, 1] % 3}
 
@@ -143,7 +150,7 @@ CASES = {
     ),
     "causal, Llama": Case(
         llama,
-        _next,
+        _next_but_the_first,
         lambda out, batch: next_tokens(out, batch) / shifted(batch).sum(),
         output_mask=shifted,
     ),
@@ -186,7 +193,7 @@ class Rows(torch.utils.data.Dataset):
         self.batch = batch
 
     def __len__(self) -> int:
-        return len(self.batch["input_ids"])
+        return len(next(iter(self.batch.values())))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {key: value[index] for key, value in self.batch.items()}
@@ -239,3 +246,25 @@ def averages(bregman: MomentumBregman) -> dict[str, Tensor]:
 def farthest(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     assert left.keys() == right.keys()
     return max((left[name].double() - right[name].double()).abs().max().item() for name in left)
+
+
+def forwards(model: nn.Module) -> list[bool]:
+    """Grows by whether the model is in training, at each of its calls."""
+    calls: list[bool] = []
+    model.register_forward_pre_hook(lambda module, _: calls.append(module.training))
+    return calls
+
+
+class Interrupted(transformers.TrainerCallback):
+    """Stops a run where it has saved itself."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = True
+
+
+class Overflow(transformers.TrainerCallback):
+    """Puts an infinity into the gradients of the second step."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        if state.global_step == 1:
+            next(model.parameters()).grad[0] = torch.inf

@@ -177,6 +177,19 @@ def look_up_masks(model: nn.Module, head: Head, inputs: Mapping[str, Any]) -> Ma
     return [mask, decoder]
 
 
+def look_up_examples(inputs: Mapping[str, Any]) -> Tensor | None:
+    """`example_ids` for `SmartLoss`, where a collator has put several sequences into one row; None where a row is one.
+
+    Such rows have no attention mask, and their positions begin anew with each sequence.
+    """
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or inputs.get("attention_mask") is not None:
+        return None
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    return begins.flatten().cumsum(0).view_as(positions)
+
+
 def _base(model: nn.Module) -> nn.Module:
     """The model inside of PEFT."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # PEFT's

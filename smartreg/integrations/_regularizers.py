@@ -125,7 +125,14 @@ class Regularizers:
                 part.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
     def __call__(
-        self, model: nn.Module, forward: Forward, step: int, *, mask: Masks = None, output_mask: OutputMask = None
+        self,
+        model: nn.Module,
+        forward: Forward,
+        step: int,
+        *,
+        mask: Masks = None,
+        output_mask: OutputMask = None,
+        example_ids: Masks = None,
     ) -> tuple[Any, dict[str, Tensor]]:
         """The outputs of the clean pass, and what is to be added to the loss: each penalty times its weight.
 
@@ -135,11 +142,12 @@ class Regularizers:
             step: The optimizer step, counted from 0.
             mask: One for each look-up of the embedding, see `SmartLoss`.
             output_mask: Which positions of the output are compared.
+            example_ids: Which tokens are one example, see `SmartLoss`.
         """
         terms: dict[str, Tensor] = {}
         weight = self.strength.smart_at(step)
         if self.smart is not None and weight > 0:
-            outputs, penalty = self.smart(forward, mask=mask, output_mask=output_mask)
+            outputs, penalty = self.smart(forward, mask=mask, output_mask=output_mask, example_ids=example_ids)
             self._note("smart_penalty", penalty)
             terms["smart_term"] = weight * penalty
         else:

@@ -7,7 +7,7 @@ that label smoothing, `compute_loss_func`, subclasses, `num_items_in_batch` and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smartreg._warnings import warn
 from smartreg.divergences import Divergence
-from smartreg.integrations._heads import Head, Masks, OutputToLogits, infer_head, look_up_masks
+from smartreg.integrations._heads import Head, Masks, OutputToLogits, infer_head, look_up_examples, look_up_masks
 from smartreg.integrations._regularizers import Regularizers, Strength, require
 from smartreg.integrations._stand_in import StandIn
 
@@ -161,6 +161,13 @@ class SmartTrainerMixin(_Parent):
                 f"SMART has not been made to work with {sharded[0]} inside of the Trainer, which shards the model "
                 f"before a teacher can be copied: use DistributedDataParallel, or fully_shard in a loop of your own"
             )
+        plan = getattr(self.accelerator, "parallelism_config", None)
+        split = [kind for kind in ("tp", "cp", "sp") if getattr(plan, f"{kind}_enabled", False)]
+        if split and self.regularizers.strength:
+            raise RuntimeError(
+                f"SMART has not been made to work with {split[0]}_size > 1 of a ParallelismConfig, where a process "
+                f"sees a part of each example or layer: use DistributedDataParallel"
+            )
         self.regularizers.restart()
         self._head = self._counts = None
         return super().train(*args, **kwargs)
@@ -185,24 +192,23 @@ class SmartTrainerMixin(_Parent):
         totals: list[Tensor | float] = []
 
         def clean_pass(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("fused_lm_head"):
-                raise RuntimeError(
-                    f"{type(self).__name__} asks for a fused head (TRL's trainers do), whose output has no logits to "
-                    f"compare: use the Trainer of transformers"
-                )
             if totals:
                 raise RuntimeError(
                     f"{type(self).__name__}.compute_loss called the model twice for one batch, and SMART regularizes "
                     f"one pass: use SmartLoss and MomentumBregman in a compute_loss of your own"
                 )
-            outputs, terms = self.regularizers(
-                model, lambda m: m(*args, **kwargs), self.state.global_step, mask=masks, output_mask=output_mask
-            )
+            where: dict[str, Any] = {"mask": masks, "output_mask": output_mask, "example_ids": look_up_examples(batch)}
+            outputs, terms = self.regularizers(model, lambda m: m(*args, **kwargs), self.state.global_step, **where)
             totals.append(sum(terms.values()))
             return outputs
 
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():  # the parent looks at something; what trains is another pass
+                return model(*args, **kwargs)
+            return self._answer(clean_pass, *args, **kwargs)
+
         result = super().compute_loss(
-            StandIn(model, clean_pass), inputs, return_outputs, num_items_in_batch=num_items_in_batch
+            StandIn(model, call), inputs, return_outputs, num_items_in_batch=num_items_in_batch
         )
         if not totals:
             raise RuntimeError(
@@ -223,6 +229,15 @@ class SmartTrainerMixin(_Parent):
             if gain is not None:
                 logs["smart_ascent_gain"] = gain
         super().log(logs, *args, **kwargs)
+
+    def _answer(self, clean_pass: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the parent's call of the model returns."""
+        if kwargs.get("fused_lm_head"):
+            raise RuntimeError(
+                f"{type(self).__name__} asks for a fused head (TRL's trainers do), whose output has no logits to "
+                f"compare: use SmartSFTTrainer, or the Trainer of transformers"
+            )
+        return clean_pass(*args, **kwargs)
 
     # Checkpoints
 

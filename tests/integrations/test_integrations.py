@@ -12,6 +12,7 @@ FRAMEWORKS = {
     "transformers": "transformers",
     "lightning": "lightning",
     "sentence_transformers": "sentence-transformers",
+    "trl": "trl",
 }
 MOST_LINES = 60
 
@@ -44,6 +45,22 @@ def encoder() -> str:
     return str(embedded_folder())
 
 
+def causal(folder: Path) -> str:
+    import sft_tools
+    from trainer_tools import CASES
+
+    sft_tools.tokenizer().save_pretrained(folder)
+    CASES[sft_tools.NAME].model().save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_example_of_trl_runs(tmp_path: Path) -> None:
+    done = run(EXAMPLES / "sft.py", "--model", causal(tmp_path / "model"), "--output-dir", tmp_path, "--limit", "16")
+    assert done.returncode == 0, done.stderr
+    assert "'smart_penalty'" in done.stdout
+    assert "'mean_token_accuracy'" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["glue.py", "lightning_module.py", "sentence_pairs.py"])
 def test_the_examples_run(tmp_path: Path, name: str) -> None:
     options = [] if name == "lightning_module.py" else ["--model", encoder(), "--output-dir", str(tmp_path)]
@@ -55,5 +72,5 @@ def test_the_examples_run(tmp_path: Path, name: str) -> None:
 
 def test_the_examples_are_short() -> None:
     lengths = {path.name: len(path.read_text("utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert len(lengths) == 3
+    assert len(lengths) == 4
     assert max(lengths.values()) <= MOST_LINES

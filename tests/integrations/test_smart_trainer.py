@@ -19,12 +19,15 @@ from trainer_tools import (
     LAMBDA,
     MU,
     SEARCH,
+    Interrupted,
+    Overflow,
     Rows,
     arguments,
     averages,
     batch_of,
     by_hand,
     farthest,
+    forwards,
     row_noise,
     weights,
 )
@@ -96,8 +99,8 @@ def test_three_steps_are_those_of_the_loop_by_hand(tmp_path: Path, name: str, si
 
     assert trainer.state.global_step == STEPS
     assert farthest(weights(model), start) > 1e-3
-    # The causal losses of transformers compute in float32, and so do the norms of Llama.
-    tolerance = {"causal, GPT-2": 1e-6, "causal, Llama": 1e-5}.get(name, 1e-9)
+    # The causal losses of transformers compute in float32, and so do the norms of Llama and T5.
+    tolerance = {"causal, GPT-2": 1e-6, "causal, Llama": 1e-5, "sequence to sequence": 1e-8}.get(name, 1e-9)
     assert farthest(weights(mine), weights(model)) < tolerance
     assert farthest(averages(trainer.regularizers.bregman), averages(teacher)) < tolerance
     trained(tmp_path, name, without, stock=True, per_device_train_batch_size=8)
@@ -118,6 +121,20 @@ def test_a_causal_loss_in_float64_by_a_function_of_the_users_own(tmp_path: Path)
     by_hand(name, model, batch_of(name), STEPS, task=lambda out, b: share(b) * in_double(out, b["labels"]))
     cut = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3}
     trained(tmp_path, name, mine, compute_loss_func=in_double, **cut)
+    assert farthest(weights(mine), weights(model)) < 1e-9
+
+
+@pytest.mark.usefixtures("row_start")
+def test_rows_that_a_collator_flattens_are_examples_each(tmp_path: Path) -> None:
+    name = "causal, GPT-2"
+    model, batch = CASES[name].model(), batch_of(name)
+    batch["labels"][:, 0] = -100  # as the collator has it
+    mine, lengths = copy.deepcopy(model), batch["attention_mask"].sum(1).tolist()
+    by_hand(name, model, batch, STEPS, task=lambda out, b: in_double(out, b["labels"]))
+    rows = [{key: batch[key][i, :n].tolist() for key in ("input_ids", "labels")} for i, n in enumerate(lengths)]
+    made = arguments(tmp_path, SmartTrainingArguments, **ON, per_device_train_batch_size=8)
+    flattened = {"data_collator": transformers.DataCollatorWithFlattening(), "compute_loss_func": in_double}
+    SmartTrainer(mine, made, train_dataset=rows, smart_options=SEARCH, **flattened).train()
     assert farthest(weights(mine), weights(model)) < 1e-9
 
 
@@ -170,13 +187,6 @@ def test_a_loss_that_ignores_the_count_is_said(tmp_path: Path) -> None:
 # (a) Weights of 0
 
 
-def forwards(model: nn.Module) -> list[bool]:
-    """Grows by whether the model is in training, at each of its calls."""
-    calls: list[bool] = []
-    model.register_forward_pre_hook(lambda module, _: calls.append(module.training))
-    return calls
-
-
 @pytest.mark.parametrize("more", [{}, {"label_smoothing_factor": 0.2}, {"compute_loss_func": in_double}])
 @pytest.mark.parametrize("name", ["one label", "causal, Llama"])
 def test_weights_of_0_are_the_stock_trainer(tmp_path: Path, name: str, more: dict[str, Any]) -> None:
@@ -211,11 +221,6 @@ def test_a_term_of_weight_0_costs_nothing(tmp_path: Path) -> None:
 
 
 # (d) Interrupted and resumed
-
-
-class Interrupted(transformers.TrainerCallback):
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop = True
 
 
 def generator() -> torch.Generator:
@@ -359,14 +364,6 @@ def test_generation_is_that_of_the_model(tmp_path: Path) -> None:
 # (g) A step that was skipped
 
 
-class Overflow(transformers.TrainerCallback):
-    """Puts an infinity into the gradients of the second step."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        if state.global_step == 1:
-            next(model.parameters()).grad[0] = torch.inf
-
-
 def test_a_step_that_the_scaler_skips_moves_no_teacher(tmp_path: Path) -> None:
     model = CASES["one label"].model()
     trainer = trainer_of(tmp_path, "one label", model, per_device_train_batch_size=8)
@@ -422,6 +419,12 @@ def test_two_ranks_resume_bit_for_bit(ranks: Path) -> None:
         whole, resumed = (torch.load(ranks / f"{label} {rank}.pt") for label in ("whole", "resumed"))
         assert farthest(whole["weights"], resumed["weights"]) == 0.0
         assert farthest(whole["averages"], resumed["averages"]) == 0.0
+
+
+def test_the_trainers_own_compilation_is_refused_on_several_processes(ranks: Path) -> None:
+    for rank in range(2):
+        said = (ranks / f"compiled {rank}.txt").read_text()
+        assert said.startswith("SmartLoss cannot take DistributedDataParallel off inside torch.compile")
 
 
 # What is refused, and what is taken as it comes
@@ -519,6 +522,20 @@ def test_what_the_trainer_cannot_regularize_is_refused(tmp_path: Path) -> None:
         setattr(trainer, f"is_{name}_enabled", True)
         with pytest.raises(RuntimeError, match=f"SMART has not been made to work with {name} inside of the Trainer"):
             trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
+def test_what_splits_an_example_or_a_layer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    class Split:  # a real one wants as many processes
+        def __getattr__(self, name: str) -> bool:
+            return name == f"{kind}_enabled"
+
+    trainer = trainer_of(tmp_path, "one label")
+    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", Split())
+    with pytest.raises(RuntimeError, match=f"SMART has not been made to work with {kind}_size > 1"):
+        trainer.train()
 
 
 def test_the_arguments_become_flags() -> None:

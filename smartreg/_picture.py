@@ -34,11 +34,9 @@ def draw(found: Any, axes: Sequence[Any] | None) -> Sequence[Any]:
         panel.grid(color="0.92")
         panel.set_axisbelow(True)
     # Above the panels, where no curve can be.
-    upper.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize="small")
-    lower.legend(
-        *_without_repeats(lower, upper),
-        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize="small",
-    )  # fmt: skip
+    above = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "frameon": False, "fontsize": "small"}
+    upper.legend(ncols=2, **above)
+    lower.legend(*_without_repeats(lower, upper), **above)
     return upper, lower
 
 

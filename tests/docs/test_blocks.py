@@ -1,6 +1,7 @@
 """Every Python block of README and docs runs as pasted, in a fresh interpreter, and prints what the page says.
 
-The blocks of a tutorial are pasted one after the other. A block that is a part of something else is listed with its reason.
+The blocks of a tutorial are pasted one after the other. A block that is a part of something else is listed with its
+reason.
 """
 
 import os
@@ -48,7 +49,7 @@ FRAGMENTS = {  # page: {how a block begins: why it does not stand by itself}
 
 
 TUTORIALS = {"docs/tutorial.md"}
-"""Pages whose blocks go into one interpreter, in their order; they train for long enough to end in other digits elsewhere."""
+"""Pages whose blocks go into one interpreter, in order. They train for so long that other machines end otherwise."""
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]\d+)?")
 
 

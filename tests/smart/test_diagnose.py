@@ -353,7 +353,9 @@ def test_the_picture() -> None:
     assert len(upper.figure.axes) == 2  # no second scale beside one of them
     upper.figure.canvas.draw()
     for panel in (upper, lower):  # the legends lie above the panels, where no curve is
-        assert panel.get_legend().get_window_extent().y0 >= panel.get_window_extent().y1 - 1
+        legend = panel.get_legend().get_window_extent()
+        assert legend.y0 >= panel.get_window_extent().y1 - 1
+        assert legend.x1 <= upper.figure.bbox.x1  # and none is cut off
     _, given = pyplot.subplots(2)
     assert tuple(result.plot(given)) == tuple(given)
     pyplot.close("all")

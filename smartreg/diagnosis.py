@@ -96,8 +96,8 @@ def diagnose(
         **options: Any other argument of `SmartLoss`, such as `embedding` or `norm`.
 
     Returns:
-        A `Diagnosis`: tuples with an entry for each ε, a table with a summary when printed, a picture by `.plot()`. The
-        model, its gradients and the random state are as before.
+        Tuples with an entry for each ε; a table with a summary when printed, a picture by `.plot()`. The model, its
+            gradients and the random state are as before.
 
     Raises:
         TypeError, ValueError: As `SmartLoss`; an ε is not above 0, or there is none.

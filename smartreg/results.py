@@ -143,7 +143,7 @@ class Diagnosis:
     def __str__(self) -> str:
         """A table for a terminal, and what it says."""
         columns = {
-            f"epsilon ({self.unit})": [f"{value:.3g}" for value in self.epsilons],
+            f"epsilon ({self._unit})": [f"{value:.3g}" for value in self.epsilons],
             "penalty": [f"{value:.3g}" for value in self.penalty],
             "random": [f"{value:.3g}" for value in self.random_divergence],
             "gain": [f"{value:.3g}" for value in self.ascent_gain],
@@ -162,7 +162,7 @@ class Diagnosis:
         return "\n".join([*lines, *self._summary()])
 
     @property
-    def unit(self) -> str:
+    def _unit(self) -> str:
         """The unit of ε in words."""
         return "x RMS" if self.epsilon_scale == "rms" else "abs."
 
@@ -200,7 +200,7 @@ class Diagnosis:
             yield "recommended: none of these; no epsilon is sound, useful and changes few predictions"
         else:
             low, high = self.recommended
-            yield f"recommended: epsilon from {low:.3g} to {high:.3g} ({self.unit}); held-out data decides"
+            yield f"recommended: epsilon from {low:.3g} to {high:.3g} ({self._unit}); held-out data decides"
 
     def _those(self, holds: Sequence[bool]) -> str:
         """The ε for which something holds, in words."""

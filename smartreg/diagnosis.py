@@ -39,6 +39,7 @@ def diagnose(
     divergence: str | Divergence | None = None,
     epsilons: Sequence[float] | None = None,
     output_mask: OutputMask = None,
+    example_ids: Masks = None,
     loss: float | Tensor | None = None,
     reference_steps: int = 10,
     progress: Callable[[str], object] | None = None,
@@ -87,6 +88,7 @@ def diagnose(
         mask: As in the call of `SmartLoss`.
         divergence: A name or a function; None: `"symmetric_kl"`.
         output_mask: As in the call of `SmartLoss`.
+        example_ids: As in the call of `SmartLoss`.
         epsilons: Sizes above 0, in any order, in the unit of `epsilon_scale`. None: half decades from 1e-5 to 1, and in
             the unit "rms" the default of `SmartLoss`.
         loss: The task loss on this batch, for the column `lambda_s` and for what is useful.
@@ -137,7 +139,7 @@ def diagnose(
     began = time.perf_counter()
     try:
         with _unchanged(smart):
-            sweep = _swept_batch(smart, forward, Query(resolved, mask, None, output_mask))
+            sweep = _swept_batch(smart, forward, Query(resolved, mask, None, output_mask, example_ids))
             rows = []
             for size in sizes:
                 rows.append(sweep.row(size, reference_steps))

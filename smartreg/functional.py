@@ -35,6 +35,7 @@ def smoothness_penalty(
     mask: Tensor | None = None,
     noise: Noise = None,
     output_mask: OutputMask = None,
+    example_ids: Tensor | None = None,
     divergence: str | Divergence = "symmetric_kl",
     epsilon: float = 0.15,
     step_size: float = 0.15,
@@ -69,6 +70,7 @@ def smoothness_penalty(
         noise: The start itself, a tensor of the shape of `embeds`, or a function from `embeds` to it; with
             `start="gradient"` u in place of it. None draws it.
         output_mask: 1 or True at the positions of the output that are compared.
+        example_ids: (batch, ...), equal integers where one example is; as in `SmartLoss`.
         divergence: ℓ_s. This and all that follow are as in `SmartLoss`, with the same defaults.
         epsilon: ε.
         step_size: η.
@@ -155,7 +157,8 @@ def smoothness_penalty(
     if noise is None:
         looks.outcome.look_ahead(settings, resolved)
     adversary = Adversary(settings, generator, looks)
-    found = adversary.search(passes, clean, adversary.begin(passes, clean, Query(resolved, mask, noise, output_mask)))
+    query = Query(resolved, mask, noise, output_mask, example_ids)
+    found = adversary.search(passes, clean, adversary.begin(passes, clean, query))
     fixed = tuple(tensor.detach() for tensor in clean.compared) if detach_reference else clean.compared
     with passes.perturbed(found.perturbations) as perturbed:
         penalty = divergence_of(resolved, perturbed, fixed, output_mask)

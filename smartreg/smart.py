@@ -185,6 +185,7 @@ class SmartLoss(nn.Module):
         divergence: str | Divergence | None = None,
         noise: Noise = None,
         output_mask: OutputMask = None,
+        example_ids: Masks = None,
     ) -> SmartOutput:
         """Run the model cleanly, search the perturbation, and compare.
 
@@ -193,6 +194,7 @@ class SmartLoss(nn.Module):
                 several times and must be repeatable: torch's randomness only, arguments left as they are.
             mask: (batch, sequence), 1 or True for real tokens; padding is never perturbed. With several look-ups of the
                 embedding a sequence of masks, in their order.
+            example_ids: Integers like `mask`, equal inside an example, for (length, batch) or packed rows. None: a row.
             divergence: Overrides the constructor's, for multitask training.
             noise: The start itself, a tensor of the shape of the embeddings (or one for each look-up), or a function
                 from the embeddings of a look-up to it; with `start="gradient"` u in place of it, likewise for each
@@ -219,7 +221,7 @@ class SmartLoss(nn.Module):
         passes = ModelPasses(
             self.model, tap, forward, self.output_to_logits, shared_dropout=shared, remember_draws=self._remember_draws
         )
-        query = Query(resolved, mask, noise, output_mask)
+        query = Query(resolved, mask, noise, output_mask, example_ids)
         adversary = Adversary(self.settings, self.generator, self._looks)
         run = self._efficient if self.memory_efficient and torch.is_grad_enabled() else self._standard
         with passes:

@@ -63,12 +63,13 @@ class Passes(Repeated, Protocol):
 
 
 class Query(NamedTuple):
-    """What a call asks for: ℓ, where there is padding, the start if it is given, and which positions ℓ compares."""
+    """What a call asks for: ℓ, where there is padding, the start if given, what ℓ compares, and what an example is."""
 
     divergence: Divergence
     mask: Masks
     noise: Noise
     output_mask: OutputMask = None
+    example_ids: Masks = None
 
 
 class Position(NamedTuple):
@@ -112,7 +113,7 @@ class Adversary:
         objective = Objective(run, fixed, query.divergence, self.looks.loss_scale, dtypes, query.output_mask)
         if self.looks.repeatable is not None:
             self.looks.repeatable.look(passes, objective)
-        balls = balls_around(clean.embeddings, query.mask, self.settings)
+        balls = balls_around(clean.embeddings, query.mask, self.settings, query.example_ids)
         start, noise = self.settings.start, query.noise
         given = noise is not None and start != "gradient"  # the start itself; for "gradient" it is u
         if start == "noise" or given or self.settings.epsilon == 0:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from smartreg._ascent.ball import Ball, entries_under_norm, root_mean_square
+from smartreg._ascent.ball import Ball, entries, root_mean_square
 from smartreg._ascent.objective import Objective
 from smartreg._warnings import warn
 
@@ -100,8 +100,9 @@ def resolution(device: torch.device, dtypes: Sequence[torch.dtype | None]) -> fl
 def direction_of(ball: Ball, noise: Tensor) -> Tensor:
     """ν scaled to the root mean square of each example's embeddings; zero where either is."""
     wide = ball.embeddings.to(noise.dtype)
-    size = root_mean_square(noise, ball.mask)
-    return torch.where(size > 0, noise * (root_mean_square(wide, ball.mask) / torch.where(size > 0, size, 1.0)), 0.0)
+    size = root_mean_square(noise, ball.mask, ball.example)
+    wanted = root_mean_square(wide, ball.mask, ball.example)
+    return torch.where(size > 0, noise * (wanted / torch.where(size > 0, size, 1.0)), 0.0)
 
 
 def _own_noise(ball: Ball) -> Tensor:
@@ -177,7 +178,7 @@ def _signal_to_rounding(agreement: float) -> float:
 
 def _noise_size(balls: Sequence[Ball], start: Sequence[Tensor]) -> float:
     """Root mean square of ν over that of the embeddings."""
-    noise = [root_mean_square(nu, ball.mask) for ball, nu in zip(balls, start, strict=True)]
+    noise = [root_mean_square(nu, ball.mask, ball.example) for ball, nu in zip(balls, start, strict=True)]
     return _mean(noise) / max(_embedding_size(balls), torch.finfo(torch.float32).tiny)
 
 
@@ -195,12 +196,11 @@ def _unit(balls: Sequence[Ball], name: str) -> float:
     size = _embedding_size(balls)
     if name == "noise_std" or settings.norm == "inf":
         return size
-    entries = [entries_under_norm(b.embeddings.float(), b.mask, b.dims) for b in balls]
-    return size * math.sqrt(_mean(entries))
+    return size * math.sqrt(_mean([entries(b.embeddings.float(), b.mask, b.under_norm) for b in balls]))
 
 
 def _embedding_size(balls: Sequence[Ball]) -> float:
-    return _mean([root_mean_square(b.embeddings.to(b.entry_scale.dtype), b.mask) for b in balls])
+    return _mean([root_mean_square(b.embeddings.to(b.entry_scale.dtype), b.mask, b.example) for b in balls])
 
 
 def _mean(values: Sequence[Tensor]) -> float:

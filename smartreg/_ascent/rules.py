@@ -18,7 +18,7 @@ from smartreg._ascent.settings import Ascent
 def projected(ball: Ball, delta: Tensor, gradient: Tensor) -> Tensor:
     r"""Algorithm 1: \(\Pi_\epsilon(\delta_i + \eta \, g_i / \|g_i\|_p)\)."""
     step = ball.settings.step_size * ball.norm_scale
-    return ball.project(delta + step * normalize(gradient, ball.settings.norm, ball.dims))
+    return ball.project(delta + step * normalize(gradient, ball.settings.norm, ball.under_norm))
 
 
 def steepest(ball: Ball, delta: Tensor, gradient: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def steepest(ball: Ball, delta: Tensor, gradient: Tensor) -> Tensor:
 def normalized(ball: Ball, delta: Tensor, gradient: Tensor) -> Tensor:
     r"""What MT-DNN and smart-pytorch do: \(s_i / (\|s_i\|_p + \epsilon)\) with \(s_i = \delta_i + \eta g_i\)."""
     stepped = delta + ball.settings.step_size * ball.norm_scale * gradient
-    size = vector_norm(stepped, ball.settings.norm, ball.dims) + ball.settings.epsilon * ball.norm_scale
+    size = vector_norm(stepped, ball.settings.norm, ball.under_norm) + ball.settings.epsilon * ball.norm_scale
     return stepped / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
@@ -50,7 +50,7 @@ def step(ball: Ball, delta: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The new δ, where an example whose gradient is not finite, or zero, keeps its own (projected, if the rule
-        projects), and a bool tensor (batch,) that marks these examples; one that is all padding is not marked.
+        projects), and a bool tensor (examples,) that marks these; one that is all padding is not marked.
     """
     usable, unusable = ball.usable(gradient)
     direction = torch.where(usable, ball.hide_padding(gradient.to(delta.dtype)), 0.0)

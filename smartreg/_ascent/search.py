@@ -88,15 +88,12 @@ def _radius_used(balls: Sequence[Ball], perturbations: Sequence[Tensor]) -> Tens
 
 def _all_bad(balls: Sequence[Ball], bad: Sequence[Tensor]) -> Tensor:
     """Whether no example is left that has anything to perturb and is not marked."""
-    idle = []
-    for ball, marks in zip(balls, bad, strict=True):
-        empty = torch.zeros_like(marks) if ball.mask is None else ~ball.mask.flatten(1).any(dim=1)
-        idle.append((marks | empty).all())
+    idle = [(marks | ball.empty()).all() for ball, marks in zip(balls, bad, strict=True)]
     return torch.stack([one.to(idle[0].device) for one in idle]).all()
 
 
 def _count(bad: Sequence[Tensor]) -> Tensor:
-    """Examples marked in any look-up; look-ups of one batch size hold the same examples."""
+    """Examples marked in any look-up; look-ups of one number of examples hold the same."""
     if len({len(marks) for marks in bad}) > 1:
         return torch.stack([marks.sum().to(bad[0].device) for marks in bad]).sum()
     return torch.stack([marks.to(bad[0].device) for marks in bad]).any(dim=0).sum()

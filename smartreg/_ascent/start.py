@@ -25,22 +25,33 @@ Masks = Tensor | Sequence[Tensor | None] | None
 Noise = Tensor | Sequence[Tensor] | Callable[[Tensor], Tensor] | None
 
 
-def balls_around(embeddings: Sequence[Tensor], mask: Masks, settings: SmartSettings) -> list[Ball]:
+def balls_around(
+    embeddings: Sequence[Tensor], mask: Masks, settings: SmartSettings, example_ids: Masks = None
+) -> list[Ball]:
     """The ball around each look-up.
 
     Raises:
-        ValueError: There are not as many masks as look-ups, or one has the wrong shape.
+        TypeError: A mask or ids are of the wrong kind.
+        ValueError: There are not as many of them as look-ups, or one has the wrong shape.
     """
-    masks: list[Tensor | None] = [None] * len(embeddings)
-    if mask is not None:
-        masks = as_sequence("mask", mask, of=(Tensor, NoneType))
-    if len(masks) != len(embeddings):
-        raise ValueError(
-            f"mask must be one tensor for each embedding look-up, in order: expected {len(embeddings)}, "
-            f"got {len(masks)}"
-        )
+    masks, ids = _for_each("mask", mask, embeddings), _for_each("example_ids", example_ids, embeddings)
     checked = [None if one is None else _of(embedded, one) for embedded, one in zip(embeddings, masks, strict=True)]
-    return [Ball.around(embedded, one, settings) for embedded, one in zip(embeddings, checked, strict=True)]
+    return [
+        Ball.around(embedded, visible, settings, numbers)
+        for embedded, visible, numbers in zip(embeddings, checked, ids, strict=True)
+    ]
+
+
+def _for_each(name: str, given: Masks, embeddings: Sequence[Tensor]) -> list[Tensor | None]:
+    if given is None:
+        return [None] * len(embeddings)
+    found: list[Tensor | None] = as_sequence(name, given, of=(Tensor, NoneType))
+    if len(found) != len(embeddings):
+        raise ValueError(
+            f"{name} must be one tensor for each embedding look-up, in order: expected {len(embeddings)}, "
+            f"got {len(found)}"
+        )
+    return found
 
 
 def _of(embedded: Tensor, mask: Tensor) -> Tensor:
@@ -50,7 +61,7 @@ def _of(embedded: Tensor, mask: Tensor) -> Tensor:
 
 
 class Start(NamedTuple):
-    """The first perturbation of each look-up, and (batch,) bools that mark examples without a usable gradient there."""
+    """The first perturbation of each look-up, and bools, one for each example, that mark those without a gradient."""
 
     perturbations: list[Tensor]
     unusable: list[Tensor]
@@ -69,7 +80,7 @@ def noise_start(balls: Sequence[Ball], noise: Noise, generator: torch.Generator 
         given = _given(noise, [b.embeddings for b in balls], each="embedding look-up", shape_of="the embeddings")
         pairs = zip(balls, given, strict=True)
         drawn = [ball.hide_padding(one.to(ball.embeddings.device, ball.norm_scale.dtype)) for ball, one in pairs]
-    return Start(drawn, [torch.zeros(len(nu), dtype=torch.bool, device=nu.device) for nu in drawn])
+    return Start(drawn, [torch.zeros_like(ball.empty()) for ball in balls])
 
 
 def gradient_start(balls: Sequence[Ball], gradients: Sequence[Tensor] | None) -> Start:

@@ -123,6 +123,9 @@ def with_mbpp(arm: Arm) -> Arm:
     return replace(arm, config=config, choice=arm.choice | {"mu": 1.0, "half_life": 0.1}, space=arm.space | MBPP)
 
 
+# The smoothness term at ten and at a hundred times its weight, nothing else changed.
+ARMS |= {f"smart:{weight}": replace(ARMS["smart"], choice=ALONE | {"lambda_s": float(weight)}) for weight in (3, 30)}
+
 _ALONE = ("plain", "t-vanilla", "longer", "ema", "mbpp")  # t-vanilla with the term is mbpp
 ARMS |= {f"{name}+mbpp": with_mbpp(arm) for name, arm in ARMS.items() if name not in _ALONE}
 

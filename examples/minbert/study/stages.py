@@ -55,7 +55,7 @@ class Stage:
     held_out: int | None = None
 
 
-FIRST = ("plain", "t-vanilla", "ema", "r-drop", "random-smoothing", "smart-printed", "smart", "smart+mbpp")
+FIRST = ("t-vanilla", "longer", "r-drop", "mbpp", "smart", "smart:3", "smart:30", "smart+mbpp")
 SEARCHED = (
     *("plain", "t-vanilla", "label-smoothing", "entropy", "ema", "neftune", "l2-sp", "sam", "r-drop", "mbpp"),
     *("random-smoothing", "smart-printed", "smart-packages", "smart", "smart+mbpp"),

@@ -35,7 +35,7 @@ def draw(models, points, labels):
     from matplotlib import pyplot
 
     across, up = torch.meshgrid(torch.linspace(-1.8, 2.8, 200), torch.linspace(-1.2, 1.7, 200), indexing="xy")
-    figure, panels = pyplot.subplots(1, len(models), figsize=(9, 3.2), sharey=True)
+    figure, panels = pyplot.subplots(1, len(models), figsize=(5.6, 2.8), sharey=True)
     for panel, (name, model) in zip(panels, models.items(), strict=True):
         probability = model(torch.stack([across, up], dim=-1)).softmax(-1)[..., 1].detach()
         panel.contourf(across, up, probability, levels=10, cmap="gray", alpha=0.6)

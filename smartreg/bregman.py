@@ -158,7 +158,7 @@ class MomentumBregman(nn.Module):
     if TYPE_CHECKING:
 
         @typed_as(forward)
-        def __call__(self) -> None: ...
+        def __call__(self) -> None: ...  # noqa: D102  # `forward` has the docstring
 
     def _penalty(
         self, forward: Forward, outputs: Any, divergence: str | Divergence | None, output_mask: OutputMask

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from smartreg._ascent.adversary import Adversary, Query
-from smartreg._ascent.precision import REQUIRED_COSINE
 from smartreg._ascent.settings import LARGEST
 from smartreg._ascent.start import Masks, noise_start
-from smartreg._ascent.sweep import Sweep, ratio
+from smartreg._ascent.sweep import Row, Sweep, ratio
+from smartreg._ascent.verdict import FELT, gentle, is_sound, is_useful, recommended_range, wilson
 from smartreg._model.passes import Forward, ModelPasses, check_forward
 from smartreg._model.replay import ModuleState, RandomState, devices_of
 from smartreg._outputs import OutputMask
@@ -24,14 +26,10 @@ from smartreg.divergences import Divergence, resolve_divergence
 from smartreg.results import Diagnosis
 from smartreg.smart import SmartLoss
 
-ROUNDING_LIMIT = 0.1
-"""The largest share of rounding in the penalty that a recommended ε may have."""
-
-FLIP_LIMIT = 0.1
-"""The largest fraction of changed predictions that a recommended ε may cause."""
-
 HALF_DECADES = tuple(10.0 ** (k / 2) for k in range(-10, 1))
-"""From 1e-5 to 1, the sizes that are swept unless others are asked for."""
+"""From 1e-5 to 1; swept, with the default of `SmartLoss` where it has this unit, unless others are asked for."""
+
+DEFAULT_EPSILON: float = inspect.signature(SmartLoss.__init__).parameters["epsilon"].default
 
 
 def diagnose(
@@ -45,6 +43,7 @@ def diagnose(
     example_ids: Masks = None,
     loss: float | Tensor | None = None,
     reference_steps: int = 10,
+    progress: Callable[[str], object] | None = None,
     **options: Any,
 ) -> Diagnosis:
     r"""What each size of perturbation does to this model on this batch, and which ε to choose from.
@@ -68,8 +67,21 @@ def diagnose(
     - `lambda_s`: the weight at which the regularizer is a tenth of the given task loss. A tenth is felt and does not
       take over; what serves a task best has to be tried on held-out data.
 
-    The recommended range: cosine at least 0.9 and rounding at most a tenth, up to where a tenth of the predictions
-    change (for a regression: where the penalty no longer grows as fast as ε).
+    Three questions are answered apart from each other, for each ε:
+
+    - `sound`: the precision in use carries it: cosine at least 0.9, at most a tenth of the penalty rounding;
+    - `useful`: a \(\lambda_s\) of at most 100 makes the regularizer a tenth of the task loss, which takes a penalty of
+      at least a thousandth of that loss. Without `loss` the loss of the uniform prediction stands in for it, \(\ln C\);
+      for values there is none, and nothing is called useless;
+    - `gentle`: it is not shown that more than a tenth of the predictions change: the 95 % interval of their share
+      reaches down to a tenth (for a regression: the penalty still grows at least as fast as ε). With fewer than 35
+      predictions this is told badly, and printing the result says so.
+
+    The recommended range holds the ε that are all three, up to the first that is not gentle. It describes one batch and
+    one state of the model: held-out data decides, and may prefer an ε outside of it.
+
+    It takes its time: for each ε about as long as 24 plain training steps on this batch, and as 4 with
+    `reference_steps=0`. Thirty-two examples or more are worth it; `progress=print` tells how long it will take.
 
     Args:
         model: As in `SmartLoss`.
@@ -78,15 +90,17 @@ def diagnose(
         divergence: A name or a function; None: `"symmetric_kl"`.
         output_mask: As in the call of `SmartLoss`.
         example_ids: As in the call of `SmartLoss`.
-        epsilons: Sizes above 0, in any order, in the unit of `epsilon_scale`. None: half decades from 1e-5 to 1.
-        loss: The task loss on this batch, for the column `lambda_s`.
+        epsilons: Sizes above 0, in any order, in the unit of `epsilon_scale`. None: half decades from 1e-5 to 1, and in
+            the unit "rms" the default of `SmartLoss`.
+        loss: The task loss on this batch, for the column `lambda_s` and for what is useful.
         reference_steps: Steps of the ascent that `share_of_maximum` is measured against; 0 leaves it out, and saves
             twice as many passes, forward and backward, for each ε.
+        progress: Called after each ε with a line of text: how long it took, and about how long the others will.
         **options: Any other argument of `SmartLoss`, such as `embedding` or `norm`.
 
     Returns:
-        A `Diagnosis`: tuples with an entry for each ε, a table when printed, a picture by `.plot()`. The model, its
-        gradients and the random state are as before.
+        Tuples with an entry for each ε; a table with a summary when printed, a picture by `.plot()`. The model, its
+            gradients and the random state are as before.
 
     Raises:
         TypeError, ValueError: As `SmartLoss`; an ε is not above 0, or there is none.
@@ -100,18 +114,22 @@ def diagnose(
         >>> ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
         >>> result = diagnose(model, lambda m: m(ids), embedding="0", epsilons=[0.01, 0.1])
         >>> result.recommended
-        (0.01, 0.1)
+        (0.1, 0.1)
+        >>> result.sound, result.useful
+        ((True, True), (False, True))
 
     Reference:
         Jiang et al., SMART, ACL 2020, section 3.1, doi 10.18653/v1/2020.acl-main.197, for the penalty.
     """
     check_forward(forward)
-    sizes = _checked_sizes(epsilons)
+    sizes = _checked_sizes(epsilons, options.get("epsilon_scale", "rms"))
     if isinstance(reference_steps, bool) or not isinstance(reference_steps, int) or reference_steps < 0:
         raise ValueError(f"reference_steps must be an int of 0 or more, got {reference_steps!r}")
     task_loss = None if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
     if task_loss is not None and not 0 < task_loss < float("inf"):
         raise ValueError(f"loss must be a finite number above 0, the task loss on this batch, got {loss!r}")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be None or a function of a line of text, got {type(progress).__name__}")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("the ascent needs gradients, which torch.inference_mode forbids: use torch.no_grad")
     swept = [name for name in ("epsilon", "step_size", "noise_std") if name in options]
@@ -119,18 +137,43 @@ def diagnose(
         raise ValueError(f"diagnose sweeps epsilon = step_size = noise_std: pass epsilons, not {', '.join(swept)}")
     resolved = resolve_divergence("symmetric_kl" if divergence is None else divergence)
     smart = SmartLoss(model, divergence=resolved, epsilon=1.0, step_size=1.0, noise_std=1.0, **options)
+    began = time.perf_counter()
     try:
         with _unchanged(smart):
             sweep = _swept_batch(smart, forward, Query(resolved, mask, None, output_mask, example_ids))
-            rows = [sweep.row(size, reference_steps) for size in sizes]
+            rows = []
+            for size in sizes:
+                rows.append(sweep.row(size, reference_steps))
+                if progress is not None:
+                    progress(_so_far(sizes, len(rows), time.perf_counter() - began))
+            typical = sweep.uniform_loss() if task_loss is None else task_loss
     finally:
         smart.remove()
+    found = _columns(sizes, rows, typical)
+    shares = tuple(row.share for row in rows if row.share is not None)
+    return replace(
+        found,
+        epsilon_scale=smart.settings.epsilon_scale,
+        share_of_maximum=shares if reference_steps else None,
+        lambda_s=None if task_loss is None else tuple(ratio(FELT * task_loss, p) for p in found.penalty),
+        default_epsilon=DEFAULT_EPSILON if smart.settings.epsilon_scale == "rms" else None,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _columns(sizes: tuple[float, ...], rows: Sequence[Row], task_loss: float | None) -> Diagnosis:
+    """The rows as columns, and what they say together."""
     penalty, random = tuple(row.penalty for row in rows), tuple(row.random for row in rows)
     changed = tuple(row.flips for row in rows if row.flips is not None)
     flips = changed if len(changed) == len(rows) else None
-    shares = tuple(row.share for row in rows if row.share is not None)
+    n = rows[0].predictions
+    intervals = None if flips is None or n is None else tuple(wilson(share, n) for share in flips)
     cosine = _running(max, [row.cosine for row in rows])
     rounding = _running(min, [row.rounding for row in rows])
+    sound = tuple(map(is_sound, cosine, rounding))
+    useful = None if task_loss is None else tuple(is_useful(p, task_loss) for p in penalty)
+    soft = gentle(intervals, sizes, penalty)
+    fit = sound if useful is None else tuple(s and u for s, u in zip(sound, useful, strict=True))
     return Diagnosis(
         epsilons=sizes,
         penalty=penalty,
@@ -140,11 +183,20 @@ def diagnose(
         direction_cosine=cosine,
         rounding_share=rounding,
         dropout_share=tuple(row.dropout for row in rows),
-        epsilon_scale=smart.settings.epsilon_scale,
-        recommended=recommended_range(sizes, cosine, rounding, flips, penalty, REQUIRED_COSINE),
-        share_of_maximum=shares if reference_steps else None,
-        lambda_s=None if task_loss is None else tuple(ratio(0.1 * task_loss, p) for p in penalty),
+        epsilon_scale="rms",
+        recommended=recommended_range(sizes, fit, soft),
+        predictions=n,
+        flips_interval=intervals,
+        task_loss=task_loss,
+        sound=sound,
+        useful=useful,
+        gentle=soft,
     )
+
+
+def _so_far(sizes: Sequence[float], done: int, seconds: float) -> str:
+    left = seconds / done * (len(sizes) - done)
+    return f"epsilon {sizes[done - 1]:.3g}: {done} of {len(sizes)} after {seconds:.1f} s, about {left:.0f} s to go"
 
 
 def _swept_batch(smart: SmartLoss, forward: Forward, query: Query) -> Sweep:
@@ -167,38 +219,6 @@ def _swept_batch(smart: SmartLoss, forward: Forward, query: Query) -> Sweep:
     return Sweep(ascent, penalty, balls, start, restart, noise, dropout)
 
 
-def recommended_range(
-    epsilons: tuple[float, ...],
-    direction_cosine: tuple[float, ...],
-    rounding_share: tuple[float, ...],
-    flips: tuple[float, ...] | None,
-    penalty: tuple[float, ...],
-    required_cosine: float,
-) -> tuple[float, float] | None:
-    """The swept ε to choose from.
-
-    From below: the direction has the required cosine, and rounding is at most `ROUNDING_LIMIT` of the penalty. From
-    above: no more than `FLIP_LIMIT` of the predictions change; where there are none to change, the penalty still grows
-    at least linearly with ε (it is quadratic as long as the model is smooth at that scale).
-
-    Examples:
-        >>> recommended_range((0.01, 0.1, 1.0), (0.2, 0.99, 1.0), (0.9, 0.02, 0.0), (0.0, 0.05, 0.5), (1, 2, 3), 0.9)
-        (0.1, 0.1)
-    """
-    chosen = []
-    for row, epsilon in enumerate(epsilons):
-        if direction_cosine[row] < required_cosine or rounding_share[row] > ROUNDING_LIMIT:
-            continue
-        if flips is not None:
-            gentle = flips[row] <= FLIP_LIMIT
-        else:
-            gentle = row == 0 or penalty[row] / epsilon >= penalty[row - 1] / epsilons[row - 1]
-        if not gentle:
-            break
-        chosen.append(epsilon)
-    return (chosen[0], chosen[-1]) if chosen else None
-
-
 @contextlib.contextmanager
 def _unchanged(smart: SmartLoss) -> Iterator[None]:
     """The random states, and buffers and attributes of the model, are as before after this block."""
@@ -213,9 +233,10 @@ def _unchanged(smart: SmartLoss) -> Iterator[None]:
             smart.generator.set_state(drawn)
 
 
-def _checked_sizes(epsilons: Sequence[float] | None) -> tuple[float, ...]:
+def _checked_sizes(epsilons: Sequence[float] | None, scale: str) -> tuple[float, ...]:
+    swept = (*HALF_DECADES, *([DEFAULT_EPSILON] if scale == "rms" else [])) if epsilons is None else epsilons
     try:
-        sizes = tuple(sorted(float(epsilon) for epsilon in (HALF_DECADES if epsilons is None else epsilons)))
+        sizes = tuple(sorted(float(epsilon) for epsilon in swept))
     except (TypeError, ValueError, OverflowError):  # no sequence, or no numbers, or none that a float can hold
         sizes = ()
     if not sizes or not all(0 < size <= LARGEST for size in sizes):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from smartreg._ascent.verdict import ENOUGH, FELT, FLIP_LIMIT, LARGEST_WEIGHT, ROUNDING_LIMIT
+from smartreg._picture import draw
 
 _NAMES = ("penalty", "start_divergence", "ascent_gain", "max_perturbation", "bad_examples", "radius_used")
 
@@ -106,6 +109,14 @@ class Diagnosis:
         share_of_maximum: R_s over the largest divergence that a long ascent found in the same ball, at most 1: what the
             settings reach of the maximum that defines R_s, from above. None without `reference_steps`.
         lambda_s: The λ_s at which the regularizer weighs a tenth of the task loss, 0.1 L / R_s. None without a loss.
+        predictions: How many predictions `flips` is a share of; None as there.
+        flips_interval: The 95 % interval of each share, by Wilson's score, as if the predictions were independent.
+        task_loss: The given task loss, or that of the uniform prediction, ln C; None where there is neither.
+        sound: Whether the precision in use carries ε: its direction and its penalty.
+        useful: Whether a λ_s of at most 100 makes the regularizer a tenth of `task_loss`; None without one.
+        gentle: Whether ε is not shown to change more than a tenth of the predictions.
+        default_epsilon: The default ε of `SmartLoss`; None where the unit is another.
+        seconds: How long the diagnosis took.
     """
 
     epsilons: tuple[float, ...]
@@ -120,12 +131,19 @@ class Diagnosis:
     recommended: tuple[float, float] | None
     share_of_maximum: tuple[float, ...] | None = None
     lambda_s: tuple[float, ...] | None = None
+    predictions: int | None = None
+    flips_interval: tuple[tuple[float, float], ...] | None = None
+    task_loss: float | None = None
+    sound: tuple[bool, ...] = field(kw_only=True)
+    useful: tuple[bool, ...] | None = None
+    gentle: tuple[bool, ...] = field(kw_only=True)
+    default_epsilon: float | None = None
+    seconds: float = field(default=0.0, compare=False)
 
     def __str__(self) -> str:
-        """A table for a terminal."""
-        unit = "x RMS" if self.epsilon_scale == "rms" else "abs."
+        """A table for a terminal, and what it says."""
         columns = {
-            f"epsilon ({unit})": [f"{value:.3g}" for value in self.epsilons],
+            f"epsilon ({self._unit})": [f"{value:.3g}" for value in self.epsilons],
             "penalty": [f"{value:.3g}" for value in self.penalty],
             "random": [f"{value:.3g}" for value in self.random_divergence],
             "gain": [f"{value:.3g}" for value in self.ascent_gain],
@@ -136,53 +154,80 @@ class Diagnosis:
             "dropout": [f"{value:.2%}" for value in self.dropout_share],
             "lambda_s": ["-" if value is None else f"{value:.2g}" for value in self._or_none(self.lambda_s)],
         }
-        widths = {name: max(9, len(name)) for name in columns}
-        rows = [list(columns), *zip(*columns.values(), strict=True)]
-        lines = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths.values(), strict=True)) for row in rows]
+        rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+        lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+        if self.default_epsilon in self.epsilons:
+            lines[1 + self.epsilons.index(self.default_epsilon)] += "  <- the default"
+        return "\n".join([*lines, *self._summary()])
+
+    @property
+    def _unit(self) -> str:
+        """The unit of ε in words."""
+        return "x RMS" if self.epsilon_scale == "rms" else "abs."
+
+    def _summary(self) -> Iterator[str]:
+        yield (
+            f"sound in this precision: {self._those(self.sound)} (cosine at least 0.9, rounding at most "
+            f"{ROUNDING_LIMIT:.0%})"
+        )
+        if self.useful is not None:
+            floor = f"{FELT / LARGEST_WEIGHT:.1%} of a loss of {self.task_loss:.3g}"
+            yield (
+                f"useful: {self._those(self.useful)} (penalty at least {floor}; below, not even a lambda_s of "
+                f"{LARGEST_WEIGHT:.0f} makes it a tenth)"
+            )
+        if self.flips is None:
+            yield f"the penalty grows at least as fast as epsilon: {self._those(self.gentle)}"
+        else:
+            yield (
+                f"changes few predictions: {self._those(self.gentle)} (not shown to change more than {FLIP_LIMIT:.0%} "
+                f"of {self.predictions})"
+            )
+            if self.predictions is not None and self.predictions < ENOUGH:
+                yield (
+                    f"too few predictions: of {self.predictions}, even none changed would not show that fewer than "
+                    f"{FLIP_LIMIT:.0%} change; take {ENOUGH} or more"
+                )
+        if self.default_epsilon in self.epsilons and self.flips and self.flips_interval:
+            row = self.epsilons.index(self.default_epsilon)
+            low, high = self.flips_interval[row]
+            yield (
+                f"the default, {self.default_epsilon:g}: changes {self.flips[row]:.1%} of {self.predictions} "
+                f"predictions (95 % interval {low:.1%} to {high:.1%})"
+            )
         if self.recommended is None:
-            lines.append("recommended: none of these; the perturbation is rounded away or changes too many predictions")
+            yield "recommended: none of these; no epsilon is sound, useful and changes few predictions"
         else:
             low, high = self.recommended
-            lines.append(f"recommended: epsilon from {low:.3g} to {high:.3g} ({unit})")
-        return "\n".join(lines)
+            yield f"recommended: epsilon from {low:.3g} to {high:.3g} ({self._unit}); held-out data decides"
+
+    def _those(self, holds: Sequence[bool]) -> str:
+        """The ε for which something holds, in words."""
+        chosen = [epsilon for epsilon, held in zip(self.epsilons, holds, strict=True) if held]
+        if not chosen or len(chosen) == len(self.epsilons):
+            return "all" if chosen else "none"
+        low, high = self.epsilons.index(chosen[0]), self.epsilons.index(chosen[-1])
+        if high - low + 1 > len(chosen):
+            return ", ".join(f"{epsilon:.3g}" for epsilon in chosen)
+        if high == len(self.epsilons) - 1:
+            return f"from {chosen[0]:.3g} on"
+        return f"up to {chosen[-1]:.3g}" if low == 0 else f"{chosen[0]:.3g} to {chosen[-1]:.3g}"
 
     def _or_none(self, values: tuple[float, ...] | None) -> Sequence[float | None]:
         return [None] * len(self.epsilons) if values is None else values
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draw penalty and random divergence, and on a second axis the shares and the flips.
+    def plot(self, axes: Sequence[Any] | None = None) -> Sequence[Any]:
+        """Draw the penalty above, and the shares and changed predictions below.
 
         Args:
-            ax: A matplotlib `Axes`; None makes a figure.
+            axes: Two matplotlib `Axes`, for the upper and the lower panel; None makes a figure.
 
         Returns:
-            The axes.
+            The two axes.
 
         Raises:
             ImportError: Matplotlib is not installed.
+            TypeError: `axes` is not a pair.
         """
-        if ax is None:
-            try:
-                from matplotlib import pyplot
-            except ImportError as error:
-                raise ImportError(
-                    "plot needs matplotlib, which is not installed: pip install matplotlib, or print the result, "
-                    "which is a table"
-                ) from error
-            ax = pyplot.figure(figsize=(7.0, 4.2)).add_subplot()
-        ax.loglog(self.epsilons, self.penalty, "o-", color="tab:blue", label="penalty")
-        ax.loglog(self.epsilons, self.random_divergence, "o--", color="tab:cyan", label="random noise")
-        ax.set_xlabel("epsilon / RMS of the embeddings" if self.epsilon_scale == "rms" else "epsilon")
-        ax.set_ylabel("divergence")
-        shares = ax.twinx()
-        shares.set_ylim(-0.02, 1.02)
-        shares.set_ylabel("share")
-        shares.semilogx(self.epsilons, self.rounding_share, "^:", color="tab:red", label="rounding (at most)")
-        shares.semilogx(self.epsilons, self.dropout_share, "v:", color="tab:gray", label="independent dropout")
-        if self.flips is not None:
-            shares.semilogx(self.epsilons, self.flips, "s:", color="tab:orange", label="changed predictions")
-        if self.recommended is not None:
-            ax.axvspan(*self.recommended, color="tab:green", alpha=0.12, label="recommended")
-        (lines, labels), (others, names) = ax.get_legend_handles_labels(), shares.get_legend_handles_labels()
-        ax.legend(lines + others, labels + names, fontsize="small", loc="center left")
-        return ax
+        return draw(self, axes)

@@ -56,6 +56,7 @@ class SlantedTriangle:
         return math.floor(self.total_steps * self.cut_frac)
 
     def __call__(self, step: int) -> float:
+        """The factor at a step."""
         if step > self.total_steps:
             return 0.0
         if step < self.cut:

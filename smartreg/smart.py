@@ -230,7 +230,7 @@ class SmartLoss(nn.Module):
     if TYPE_CHECKING:
 
         @typed_as(forward)
-        def __call__(self) -> None: ...
+        def __call__(self) -> None: ...  # noqa: D102  # `forward` has the docstring
 
     def extra_repr(self) -> str:
         """What printing shows."""

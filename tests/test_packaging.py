@@ -89,7 +89,14 @@ def test_the_citation_names_this_version_and_the_paper() -> None:
 
 
 def test_the_readme_can_be_read_without_the_repository_around_it() -> None:
-    targets = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text("utf-8"))
+    text = (ROOT / "README.md").read_text("utf-8")
+    (picture,) = re.findall(r"^!\[[^\]]+\]\((.+)\)$", text, re.MULTILINE)
+    assert (ROOT / picture).is_file()
+    # What the index gets: the same less the picture, as `.ci/check_dist.py` sees in wheel and sdist.
+    (pattern,) = re.findall(r"^pattern = '(.+)'$", PYPROJECT, re.MULTILINE)
+    shown = re.sub(pattern, "", text)
+    assert len(text) - len(shown) == len(re.search(r"^!\[.+\)\n\n", text, re.MULTILINE).group())  # type: ignore[union-attr]  # found above
+    targets = re.findall(r"\]\(([^)]+)\)", shown)
     assert targets
     assert all(target.startswith("https://") for target in targets)
 

@@ -15,13 +15,13 @@ BASE = ("_masks",)
 FORMULAS = ("_divergences",)
 SUPPORT = ("_loss_scale", "_outputs", "_typing", "_warnings", "_wrappers", "divergences")
 MECHANISMS = ("_ascent", "_model", "_teacher")
-PUBLIC = ("bregman", "diagnosis", "functional", "results", "schedule", "smart")
+PUBLIC = ("_picture", "bregman", "diagnosis", "functional", "results", "schedule", "smart")
 ROOT = ("__init__",)
 INTEGRATIONS = ("integrations",)
 LEVELS = (BASE, FORMULAS, SUPPORT, MECHANISMS, PUBLIC, ROOT, INTEGRATIONS)
 
 TORCH_ALONE = frozenset({"torch", "typing_extensions"}) | sys.stdlib_module_names
-INSIDE_FUNCTIONS = {("results", "matplotlib")}  # asked for when a figure is drawn
+INSIDE_FUNCTIONS = {("_picture", "matplotlib")}  # asked for when a figure is drawn
 MOST_LINES = 320
 
 

@@ -21,6 +21,12 @@ from .run import train_run
 from .settings import TABLE, Settings, flag
 from .train import Stopped
 
+FIRST = (
+    *("config", "option", "tasks", "data_dir", "epochs", "batch_size", "lr", "lambda_s", "mu", "seed"),
+    *("output_dir", "resume"),
+)
+"""The twelve flags that `--help` lists before the others."""
+
 EPILOG = """\
 examples:
   python examples/minbert_multitask.py
@@ -43,13 +49,15 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     """All flags. None has a default here, so that one can tell what the user gave (see `settings.resolve`)."""
     parser = Parser(
+        usage="%(prog)s [flags]",
         description="Fine-tunes a BERT encoder on sentiment, paraphrase and similarity, with or without SMART.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(row.group for row in TABLE.values())}
+    titles = dict.fromkeys(["used most", *(row.group for row in TABLE.values())])
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for field in fields(Settings):
         row = TABLE[field.name]
         shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
@@ -60,11 +68,13 @@ def build_parser() -> Parser:
             number = next((kind for kind in (int, float) if kind in kinds), None)
             letter = {int: "N", float: "X"}.get(number) if row.choices is None else None
             options = {"type": row.read or number, "choices": row.choices, "metavar": row.metavar or letter}
-        groups[row.group].add_argument(flag(field.name), help=text, **options)
+        group = groups["used most" if field.name in FIRST else row.group]
+        group.add_argument(flag(field.name), help=text, **options)
 
-    add = groups["what to run"].add_argument
+    add = groups["used most"].add_argument
     add("--output-dir", help="folder of the run (default: a new one in runs/)", metavar="DIR")
     add("--resume", help="go on from the last checkpoint in --output-dir", action="store_true")
+    add = groups["what to run"].add_argument
     add("--evaluate", help="train nothing; print this run's metrics as one JSON object", metavar="RUN_DIR")
     add("--split", help="what --evaluate evaluates (default: dev)", choices=("dev", "test"))
     return parser

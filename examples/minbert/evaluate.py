@@ -17,6 +17,7 @@ from .batching import SentenceTokenizer, TokenSet, collate, tokenize
 from .data import SAMPLE, drawn, read_split
 from .distributed import Place, total
 from .model import MultitaskModel, build_model, encoder_config, model_shapes
+from .progress import hidden
 from .tasks import TASKS, Metrics, predict, score
 
 BATCH = 64
@@ -42,7 +43,7 @@ def outputs_of(
     result = torch.zeros(shape, dtype=next(model.parameters()).dtype)
     pad = model.encoder.config.pad_token_id
     mine = batches[place.rank :: place.world]
-    for part in tqdm(mine, desc=f"{note}{data.task.name}", leave=False, disable=not place.first, unit="batch"):
+    for part in tqdm(mine, desc=f"{note}{data.task.name}", leave=False, disable=hidden(place), unit="batch"):
         batch = collate(data, [rows[i] for i in part], pad, place.device)
         result[part] = model(data.task.name, batch.sentences, batch.masks).to("cpu", result.dtype)
     model.train(was_training)

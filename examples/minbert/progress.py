@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from . import Diverged
+from .distributed import Place
 from .objective import Losses
 
 NAMES = ("loss", "task_loss", "smoothness", "proximal", "start_divergence", "max_perturbation", "bad_examples")
@@ -103,6 +104,14 @@ class Ledger:
         """Starts the next epoch."""
         self._pending.clear()
         self._sums = {}
+
+
+def hidden(place: Place) -> bool | None:
+    """`disable=` of a progress bar: other processes draw none, nor does the first where stderr is no terminal (None).
+
+    In a file a bar would be hundreds of lines in one.
+    """
+    return None if place.first else True
 
 
 def last_loss(losses: Losses) -> str:

@@ -19,6 +19,7 @@ from .files import one_line, replacing, write_json
 from .settings import CONFIGS, Settings
 from .tasks import TASKS, baseline
 from .train import Trainer
+from .words import meaning
 
 LEGEND = "Pearson of a constant answer counts as 0. nll: negative log-likelihood per example, lower is better."
 COLOURS = {"sst": "#1b6ca8", "para": "#d1495b", "sts": "#2e8b57", "cfimdb": "#8d6a9f"}
@@ -88,12 +89,19 @@ def finish(trainer: Trainer, sets: dict[str, dict[str, TokenSet]], seconds: floa
     checkpoint.tidy(folder, keep=1)
     write_json(folder / "metrics.json", metrics)
     console.print(closing_table(metrics, settings))
+    for text in meaning(metrics, settings, place.world):
+        say(console, text)
     console.print(
         f"{seconds:.0f} s, {trainer.step} steps, peak memory {trainer.memory.peak / 2**20:.0f} MiB; "
         f"metrics.json, predictions and figures/curves.png are in {folder}",
         highlight=False,
         markup=False,
     )
+
+
+def say(console: Console, text: str) -> None:
+    """One line, as it is: neither wrapped nor coloured."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def closing_table(metrics: dict[str, Any], settings: Settings) -> Table:

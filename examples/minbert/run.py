@@ -13,13 +13,15 @@ from . import InputError, checkpoint, distributed, run_folder
 from .batching import SentenceTokenizer, TokenSet, tokenize
 from .data import SAMPLE, Split, read_split, split_file
 from .distributed import Place
+from .extras import Extras
 from .model import MultitaskModel, build_model, encoder_config, model_shapes
 from .optimizer import schedule_note
 from .pretrained import resolve_encoder
-from .report import finish, note, print_data, print_header
+from .report import finish, note, print_data, print_header, say
 from .settings import Settings, resolve
 from .tasks import TASKS
 from .train import Stopped, Trainer
+from .words import epoch_line
 
 
 def train_run(given: dict[str, Any]) -> int:
@@ -69,7 +71,8 @@ def train_in(hold: run_folder.Hold, settings: Settings, place: Place, console: C
     folder = Path(distributed.first_decides(place, lambda: hold.take(settings, config, tokenizer)))
     print_header(console, settings, place, settings.encoder or settings.init_from or "", folder)
     print_data(console, contents, sets["train"], settings.max_length)
-    trainer = Trainer(settings, place, model, sets["train"], sets["dev"], folder)
+    told = Extras(epoch_ended=lambda trainer: say(console, epoch_line(trainer.history[-1], settings.epochs)))
+    trainer = Trainer(settings, place, model, sets["train"], sets["dev"], folder, told)
     if text := schedule_note(settings.lr_schedule, trainer.total_steps):
         note(console, text)
     if saved is not None:

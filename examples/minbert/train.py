@@ -19,7 +19,7 @@ from .extras import Extras
 from .model import MultitaskModel
 from .objective import Losses, Objective
 from .optimizer import make_optimizer, make_schedule
-from .progress import Ledger, Memory, StopRequest, diverged, last_loss
+from .progress import Ledger, Memory, StopRequest, diverged, hidden, last_loss
 from .settings import Settings
 from .tasks import gap
 
@@ -113,7 +113,7 @@ class Trainer:
         started = time.perf_counter()
         self.model.train()
         label = f"epoch {self.epoch + 1}/{self.settings.epochs}"
-        with tqdm(total=end, initial=self.position, desc=label, unit="step", disable=not self.place.first) as bar:
+        with tqdm(total=end, initial=self.position, desc=label, unit="step", disable=hidden(self.place)) as bar:
             for position in todo:
                 begun = time.perf_counter()
                 losses = self._train_step(steps[position])

@@ -25,6 +25,8 @@ class Row:
     penalty: float
     random: float
     flips: float | None
+    predictions: int | None
+    """How many predictions `flips` is a share of."""
     cosine: float
     rounding: float
     dropout: float
@@ -70,10 +72,12 @@ class Sweep:
         minus = self._outputs([-delta for delta in found.perturbations])
         random = self._outputs([ball.project(nu) for ball, nu in zip(balls, noise, strict=True)])
         penalty = float(self.penalty.value(plus))
+        changed = self._changed(plus)
         return Row(
             penalty=penalty,
             random=float(self.penalty.value(random)),
-            flips=self._flips(plus),
+            flips=None if changed is None else float(changed.float().mean()),
+            predictions=None if changed is None else changed.numel(),
             cosine=0.0 if agreed is None else cosine_from(agreed),
             rounding=self._rounding(plus, minus),
             dropout=ratio(self.dropout, self.dropout + penalty) if self.dropout else 0.0,
@@ -96,8 +100,18 @@ class Sweep:
         with self.penalty.run(perturbations) as outputs:
             return tuple(output.detach() for output in outputs)
 
-    def _flips(self, outputs: tuple[Tensor, ...]) -> float | None:
-        """Fraction of predictions that differ; None where there is no class to predict.
+    def uniform_loss(self) -> float | None:
+        """The task loss of a model that predicts every class alike: ln C, ln 2 for a Bernoulli logit.
+
+        None for values, and for a divergence of the user's own, whose scale may be any.
+        """
+        kind = kind_of(self.penalty.divergence)
+        if kind == "softmax":
+            return math.fsum(math.log(tensor.shape[-1]) for tensor in self.penalty.reference)
+        return math.log(2.0) * len(self.penalty.reference) if kind == "bernoulli" else None
+
+    def _changed(self, outputs: tuple[Tensor, ...]) -> Tensor | None:
+        """Which predictions differ, in a row; None where there is no class to predict.
 
         A divergence of the user's own counts as one between softmax outputs, where the outputs can be such.
         """
@@ -110,7 +124,7 @@ class Sweep:
         for a, b, keep in zip(outputs, clean, keep_of(self.penalty.output_mask, clean), strict=True):
             differs = a.argmax(-1) != b.argmax(-1) if kind == "softmax" else (a > 0) != (b > 0)
             changed.append((differs if keep is None else differs[keep]).flatten())
-        return float(torch.cat(changed).float().mean())
+        return torch.cat(changed)
 
     def _rounding(self, plus: tuple[Tensor, ...], minus: tuple[Tensor, ...]) -> float:
         """In float64, so that no more than the rounding of the outputs themselves is seen."""

@@ -329,3 +329,14 @@ def test_tensor_float_32_has_the_resolution_of_float16() -> None:
         assert resolution(torch.device("cpu"), [torch.float32]) == full
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_what_depends_on_no_perturbation_cannot_be_judged() -> None:
+    from types import SimpleNamespace
+
+    from smartreg._ascent.precision import agreement, smallest_useful
+
+    flat: Any = SimpleNamespace(gradient=lambda deltas: (torch.zeros(()), None), dtypes=[torch.bfloat16])
+    balls: Any = [SimpleNamespace(embeddings=torch.zeros(1, 2, 3))]
+    assert agreement(flat, balls, [torch.zeros(1, 2, 3)]) is None
+    assert smallest_useful(flat, balls, [torch.zeros(1, 2, 3)]) is None

@@ -1,7 +1,9 @@
 """`diagnose`: each column against its definition, the recommendation, and that nothing is left behind."""
 
 import builtins
+import math
 from collections import UserList
+from dataclasses import replace
 from typing import Any
 
 import numerics_models as models
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, diagnose, symmetric_kl
-from smartreg.diagnosis import Diagnosis, recommended_range
+from smartreg._ascent.verdict import ENOUGH, gentle, recommended_range, wilson
+from smartreg.results import Diagnosis
 
 IDS = models.sentences()
 PRINTED: dict[str, Any] = {"norm": "inf", "start": "noise", "steps": 1}  # Algorithm 1
@@ -114,10 +117,13 @@ def test_rounding_share_and_cosine_follow_the_truth() -> None:
     assert half.rounding_share[2] < 0.05
     assert half.direction_cosine[2] > 0.9
     assert sorted(half.rounding_share, reverse=True) == list(half.rounding_share)
+    assert half.sound == (False, False, True, True)
+    assert exact.sound == (True,) * 4
+    assert exact.useful == (False, False, True, True)  # in float64 too: 1e-10 is no penalty to train with
     assert half.recommended is not None
     assert half.recommended[0] == 0.1
     assert exact.recommended is not None
-    assert exact.recommended[0] == 1e-5
+    assert exact.recommended[0] == 0.1
 
 
 def test_dropout_share_is_what_other_masks_add() -> None:
@@ -144,12 +150,23 @@ def test_a_mask_and_options_reach_the_search() -> None:
     assert "abs." in str(absolute)
 
 
-def test_default_sizes_are_half_decades() -> None:
-    result = diagnose(models.build(), lambda m: m(IDS))
-    assert len(result.epsilons) == 11
+def test_default_sizes_are_half_decades_and_the_default_of_smart_loss() -> None:
+    model = models.build()
+    result = diagnose(model, lambda m: m(IDS), reference_steps=0)
+    default = SmartLoss(model).settings.epsilon
+    assert len(result.epsilons) == 12
     assert result.epsilons[0] == pytest.approx(1e-5)
     assert result.epsilons[-1] == 1.0
-    assert str(result).count("\n") == 12
+    assert default in result.epsilons
+    marked = [line for line in str(result).splitlines() if line.endswith("<- the default")]
+    assert [line.split()[0] for line in marked] == [f"{default:g}"]
+    assert f"the default, {default:g}: changes " in str(result)
+    # Where ε is absolute, 0.15 means something else.
+    absolute = diagnose(model, lambda m: m(IDS), reference_steps=0, epsilon_scale="absolute")
+    assert len(absolute.epsilons) == 11
+    assert absolute.default_epsilon is None
+    assert "default" not in str(absolute)
+    assert "default" not in str(run(model))  # not swept
 
 
 class Counting(models.Encoder):
@@ -202,15 +219,122 @@ def test_inference_mode_is_refused() -> None:
 
 
 def test_recommendation_rules() -> None:
-    sizes, growing = (0.01, 0.1, 1.0), (1e-4, 1e-2, 1.0)
-    clear, none = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
-    assert recommended_range(sizes, clear, none, none, growing, 0.9) == (0.01, 1.0)
-    assert recommended_range(sizes, (0.8, 1.0, 1.0), none, none, growing, 0.9) == (0.1, 1.0)
-    assert recommended_range(sizes, clear, (0.2, 0.2, 0.0), none, growing, 0.9) == (1.0, 1.0)
-    assert recommended_range(sizes, clear, none, (0.0, 0.1, 0.2), growing, 0.9) == (0.01, 0.1)
-    assert recommended_range(sizes, clear, none, (0.0, 0.2, 0.0), growing, 0.9) == (0.01, 0.01)
-    assert recommended_range(sizes, clear, none, None, (1e-4, 1e-2, 0.05), 0.9) == (0.01, 0.1)
-    assert recommended_range(sizes, none, none, none, growing, 0.9) is None
+    sizes, yes = (0.01, 0.1, 1.0), (True, True, True)
+    assert recommended_range(sizes, yes, yes) == (0.01, 1.0)
+    assert recommended_range(sizes, (False, True, True), yes) == (0.1, 1.0)
+    assert recommended_range(sizes, (False, False, True), yes) == (1.0, 1.0)
+    assert recommended_range(sizes, yes, (True, True, False)) == (0.01, 0.1)
+    assert recommended_range(sizes, yes, (True, False, True)) == (0.01, 0.01)
+    assert recommended_range(sizes, (False, True, True), (False, True, True)) == (0.1, 1.0)  # rounding flips too
+    assert recommended_range(sizes, (False, False, False), yes) is None
+
+
+def test_without_predictions_the_penalty_must_grow_at_least_as_fast_as_epsilon() -> None:
+    sizes = (0.01, 0.1, 1.0)
+    assert gentle(None, sizes, (1e-4, 1e-2, 1.0)) == (True, True, True)
+    assert gentle(None, sizes, (1e-4, 1e-2, 0.05)) == (True, True, False)
+
+
+def test_one_flip_of_eight_does_not_set_the_limit_and_eight_of_sixty_four_neither_but_sixteen_do() -> None:
+    one, eight, sixteen = wilson(1 / 8, 8), wilson(8 / 64, 64), wilson(16 / 64, 64)
+    assert gentle([one, eight, sixteen], (1, 2, 3), (1, 2, 3)) == (True, True, False)
+
+
+def test_wilsons_interval_holds_the_shares_from_which_what_was_seen_is_not_two_standard_errors_away() -> None:
+    for k, n in ((0, 8), (1, 8), (4, 8), (20, 40), (40, 40)):
+        low, high = wilson(k / n, n)
+        assert 0 <= low <= k / n <= high <= 1
+        for end in (low, high):  # the definition: (p − end)² n = z² end (1 − end), at both ends
+            assert (k / n - end) ** 2 * n == pytest.approx(1.959964**2 * end * (1 - end), abs=1e-9)
+    assert wilson(0.5, 0) == (0.0, 1.0)
+
+
+def test_enough_predictions_are_those_of_which_none_changed_shows_that_few_change() -> None:
+    assert wilson(0.0, ENOUGH)[1] <= 0.1 < wilson(0.0, ENOUGH - 1)[1]
+
+
+def test_the_flips_have_an_interval_and_too_few_of_them_are_told() -> None:
+    model = models.build()
+    few = run(model)
+    assert few.predictions == len(IDS) == 6
+    assert few.flips is not None
+    assert few.flips_interval == tuple(wilson(share, 6) for share in few.flips)
+    assert (
+        f"too few predictions: of 6, even none changed would not show that fewer than 10% change; take {ENOUGH} or"
+        in (str(few))
+    )
+    many = models.sentences(examples=ENOUGH)
+    enough = diagnose(model, lambda m: m(many), epsilons=[0.1], reference_steps=0)
+    assert enough.predictions == ENOUGH
+    assert "too few" not in str(enough)
+
+
+def test_only_compared_positions_count_as_predictions() -> None:
+    class Tagger(models.Encoder):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.layers(self.norm(self.words(ids))))
+
+    torch.manual_seed(7)
+    kept = torch.arange(IDS.numel()).reshape(IDS.shape) % 3 == 0
+    assert run(Tagger(), output_mask=kept).predictions == int(kept.sum()) < IDS.numel()
+    assert run(Tagger()).predictions == IDS.numel()
+
+
+def test_a_penalty_below_a_thousandth_of_the_loss_is_called_useless() -> None:
+    model = models.build()
+    plain = run(model)
+    assert plain.task_loss == pytest.approx(math.log(3))  # three classes; no loss is given
+    assert plain.useful == tuple(penalty >= 1e-3 * math.log(3) for penalty in plain.penalty)
+    assert set(plain.useful) == {True, False}
+    row = plain.useful.index(True)
+    just, above = 1000 * plain.penalty[row] * 0.999, 1000 * plain.penalty[row] * 1.001
+    assert run(model, loss=just).useful == plain.useful
+    assert run(model, loss=above).useful == tuple(k > row for k in range(len(SIZES)))
+    assert plain.recommended is not None
+    assert plain.recommended[0] == SIZES[row]
+    assert (
+        f"useful: from {SIZES[row]:g} on (penalty at least 0.1% of a loss of 1.1; below, not even a lambda_s of 100"
+        in (str(plain))
+    )
+
+
+def test_values_and_a_divergence_of_the_users_own_have_no_scale_of_their_own() -> None:
+    values = diagnose(Signs(), lambda m: m(IDS), embedding="inner.words", divergence="mse", epsilons=[1e-3, 0.1])
+    assert values.task_loss is values.useful is values.predictions is None
+    assert "useful" not in str(values).replace("sound, useful", "")
+    assert "the penalty grows at least as fast as epsilon: all" in str(values)
+    own = run(models.build(), divergence=lambda a, b: (a - b).square().mean())
+    assert own.useful is None
+    assert own.flips is not None
+    assert run(models.build(), divergence=lambda a, b: (a - b).square().mean(), loss=1.0).useful is not None
+    single = diagnose(
+        Signs(), lambda m: m(IDS), embedding="inner.words", divergence="binary_symmetric_kl", epsilons=[0.1]
+    )
+    assert single.task_loss == pytest.approx(math.log(2))
+
+
+def test_the_summary_names_ranges_of_epsilon() -> None:
+    found = run(models.build())
+    yes, no = True, False
+    for sound, words in [
+        ((yes, yes, yes, yes), "all"), ((no, no, no, no), "none"), ((no, no, yes, yes), "from 0.1 on"),
+        ((yes, yes, no, no), "up to 0.01"), ((no, yes, yes, no), "0.01 to 0.1"), ((yes, no, yes, no), "0.001, 0.1"),
+    ]:  # fmt: skip
+        assert f"sound in this precision: {words} (cosine" in str(replace(found, sound=sound))
+    nothing = replace(found, recommended=None)
+    assert "recommended: none of these; no epsilon is sound, useful and changes few predictions" in str(nothing)
+
+
+def test_progress_is_told_after_each_epsilon() -> None:
+    lines: list[str] = []
+    result = run(models.build(), progress=lines.append)
+    assert [line.split(" after ")[0] for line in lines] == [
+        f"epsilon {size:.3g}: {k} of 4" for k, size in enumerate(SIZES, 1)
+    ]
+    assert lines[-1].endswith(" s, about 0 s to go")
+    assert 0 < result.seconds < 60
+    with pytest.raises(TypeError, match="progress must be None or a function of a line of text, got bool"):
+        run(models.build(), progress=True)
 
 
 def test_the_picture() -> None:
@@ -218,13 +342,29 @@ def test_the_picture() -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    result = run(models.build())
-    axes = result.plot()
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert {"penalty", "random noise", "changed predictions", "recommended"} <= set(labels)
-    assert list(axes.get_lines()[0].get_ydata()) == list(result.penalty)
-    _, given = pyplot.subplots()
-    assert result.plot(given) is given
+    result = replace(run(models.build()), default_epsilon=0.15)
+    upper, lower = result.plot()
+    labels = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in (upper, lower)]
+    assert labels[0] == ["penalty", "random noise", "useful from here on", "recommended", "the default"]
+    assert [label.split(",")[0] for label in labels[1]] == [
+        "changed predictions", "rounding in the penalty (at most)", "other dropout masks would add",
+    ]  # fmt: skip
+    assert list(upper.get_lines()[0].get_ydata()) == list(result.penalty)
+    assert len(upper.figure.axes) == 2  # no second scale beside one of them
+    upper.figure.canvas.draw()
+    for panel in (upper, lower):  # the legends lie above the panels, where no curve is
+        legend = panel.get_legend().get_window_extent()
+        assert legend.y0 >= panel.get_window_extent().y1 - 1
+        assert legend.x1 <= upper.figure.bbox.x1  # and none is cut off
+    _, given = pyplot.subplots(2)
+    assert tuple(result.plot(given)) == tuple(given)
+    pyplot.close("all")
+    with pytest.raises(TypeError, match="axes must be two matplotlib Axes, upper and lower, got"):
+        result.plot(upper)
+    values = diagnose(Signs(), lambda m: m(IDS), embedding="inner.words", divergence="mse", epsilons=[1e-3, 0.1])
+    panels = replace(values, recommended=None, epsilon_scale="absolute").plot()
+    assert len(panels[1].get_lines()) == 3  # rounding, dropout, the default
+    assert panels[1].get_xlabel() == "ε"
     pyplot.close("all")
 
 

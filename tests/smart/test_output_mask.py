@@ -207,3 +207,11 @@ def test_a_partial_of_a_divergence_keeps_its_reduction() -> None:
     smart = SmartLoss(model, steps=0, start="noise", epsilon=5.0, divergence=partial(mse, reduction="sum"))
     _, penalty = smart(lambda m: m(ids, mask), mask=mask, noise=noise(6), output_mask=mask)
     assert penalty.item() == pytest.approx(9 * mean_over_real_tokens(model, noise(4), "mse"), rel=1e-9)
+
+
+def test_a_batch_in_which_nothing_is_compared_is_no_news() -> None:
+    """Without anything to compare no example has a gradient to follow, and none is missed."""
+    model, (ids, mask) = Tagger(), sentences(4)
+    smart = SmartLoss(model, check_first_call=False)
+    found = smart(lambda m: m(ids, mask), mask=mask, output_mask=torch.zeros_like(mask))
+    assert found.penalty.item() == 0.0

@@ -251,3 +251,27 @@ def test_steps_without_noise_have_nothing_to_follow() -> None:
         smoothness_penalty(lambda x: x.sum(dim=1), embeds, noise_std=0.0)
     smoothness_penalty(lambda x: x.sum(dim=1), embeds, noise_std=0.0, steps=0)
     smoothness_penalty(lambda x: x.sum(dim=1), embeds, noise_std=0.0, noise=noise)
+
+
+def test_the_ascent_can_run_without_the_autocast_of_its_surroundings() -> None:
+    torch.manual_seed(0)
+    weights, embeds, seen = torch.randn(4, 3), torch.randn(2, 5, 4), []
+
+    def fn(x: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return torch.tanh(x).mean(1) @ weights
+
+    # Sizes that bfloat16 carries beyond doubt, so that nothing is run to find out.
+    options: dict[str, Any] = {
+        "start": "noise",
+        "steps": 1,
+        "check_first_call": False,
+        "noise_std": 5.0,
+        "epsilon": 5.0,
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        smoothness_penalty(fn, embeds, ascent_autocast=False, **options)
+        without, seen[:] = list(seen), []
+        smoothness_penalty(fn, embeds, **options)
+    assert without == [True, False, False, True]  # clean, its like without autocast, ascent, perturbed
+    assert seen == [True, True, True]

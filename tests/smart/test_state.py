@@ -1,12 +1,13 @@
 """After a call nothing has changed but the graph, also when `forward` raises in any pass."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from smart_models import ALGORITHM_1, CLASSES, FEATURES, VOCABULARY, algorithm_1, batch, both_modes
+from smart_models import ALGORITHM_1, CLASSES, FEATURES, VOCABULARY, Sentence, algorithm_1, batch, both_modes
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, symmetric_kl
@@ -277,3 +278,81 @@ def test_a_scripted_part_of_the_model(memory_efficient: bool) -> None:
     assert int(norm.num_batches_tracked) == 1
     zero = SmartLoss(model, embedding="0", epsilon=0.0, memory_efficient=memory_efficient)
     assert zero(lambda m: m(IDS)).penalty.item() == 0.0
+
+
+def test_the_state_of_a_generator_travels_with_the_regularizer() -> None:
+    def seeded(seed: int | None) -> SmartLoss:
+        drawn = None if seed is None else torch.Generator().manual_seed(seed)
+        torch.manual_seed(1)
+        return SmartLoss(Sentence(), start="noise", generator=drawn)
+
+    def penalty(smart: SmartLoss) -> float:
+        return smart(lambda m: m(IDS)).penalty.item()
+
+    first = seeded(2)
+    penalty(first)
+    state, expected = first.state_dict(), penalty(first)
+    other = seeded(3)
+    other.load_state_dict(state)
+    assert penalty(other) == expected != penalty(other)
+    assert seeded(None).state_dict() == {}
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"generator"'):
+        seeded(None).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r'Missing key.*"generator"'):
+        seeded(3).load_state_dict({})
+
+
+class Rotating(Sentence):
+    """Holds a dict whose first key goes last in every pass, as caches do that drop what was used longest ago."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recent = {"a": 1, "b": 2, "c": 3}
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        first = next(iter(self.recent))
+        self.recent[first] = self.recent.pop(first)
+        return super().forward(ids, mask)
+
+
+@both_modes
+def test_the_order_of_a_dict_is_as_after_one_pass(memory_efficient: bool) -> None:
+    torch.manual_seed(0)
+    model = Rotating()
+    SmartLoss(model, memory_efficient=memory_efficient)(lambda m: m(IDS))
+    assert list(model.recent.items()) == [("b", 2), ("c", 3), ("a", 1)]
+
+
+def test_what_a_partial_hook_collects_is_as_after_one_pass() -> None:
+    torch.manual_seed(0)
+    model, features = Sentence(), {}
+
+    def collect(into: dict[str, Tensor], module: Any, args: Any, output: Tensor) -> None:
+        into["out"] = output
+
+    model.hidden.register_forward_hook(functools.partial(collect, features))
+    clean = model.hidden(model.dropout(model.embedding(IDS)))
+    SmartLoss(model)(lambda m: m(IDS))
+    assert torch.equal(features["out"], clean)
+
+
+class Detached(Sentence):
+    """Tells an embedding that is not among its modules, as models do that share one by a plain reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent = (self.embedding,)
+        del self.embedding
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lent[0]
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.head(torch.tanh(self.hidden(self.lent[0](ids))).mean(dim=1))
+
+
+def test_an_embedding_that_the_model_tells_and_does_not_register_is_perturbed() -> None:
+    torch.manual_seed(0)
+    model = Detached()
+    assert not any(module is model.lent[0] for module in model.modules())
+    assert SmartLoss(model)(lambda m: m(IDS)).penalty > 0

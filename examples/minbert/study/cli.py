@@ -85,7 +85,7 @@ def study(options: dict[str, Any]) -> None:
     with locked(folder):
         _remember(folder, {"flags": flags, "chained": len(modes) == 2})
         results: dict[Run, dict[str, Any]] = {}
-        for run in tqdm(plan(configs, modes, seeds), desc="study", unit="run"):
+        for run in tqdm(plan(configs, modes, seeds), desc="study", unit="run", disable=None):
             line = command(run, folder, modes, flags)
             found = result(run, folder, line)
             if found is None:

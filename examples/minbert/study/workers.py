@@ -55,7 +55,7 @@ def make(trials: Sequence[Trial], folder: Path, options: dict[str, Any], workers
     with pool:
         running: dict[Future[Record], Trial] = {pool.submit(run, trial, **options): trial for trial in trials}
         try:
-            for future in tqdm(as_completed(running), total=len(running), desc=note, unit="run"):
+            for future in tqdm(as_completed(running), total=len(running), desc=note, unit="run", disable=None):
                 text = json.dumps(future.result(), allow_nan=False)
                 write_text(folder / f"{running[future].name}.json", text + "\n")
         except BaseException:

@@ -56,6 +56,8 @@ class Stage:
 
 
 FIRST = ("t-vanilla", "longer", "r-drop", "mbpp", "smart", "smart:3", "smart:30", "smart+mbpp")
+# Added when two seeds of the others were known, whose answers had become less sure: is it more than that?
+FIRST += ("label-smoothing", "entropy", "smart-printed")
 SEARCHED = (
     *("plain", "t-vanilla", "label-smoothing", "entropy", "ema", "neftune", "l2-sp", "sam", "r-drop", "mbpp"),
     *("random-smoothing", "smart-printed", "smart-packages", "smart", "smart+mbpp"),

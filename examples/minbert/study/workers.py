@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ def make(trials: Sequence[Trial], folder: Path, options: dict[str, Any], workers
                 write_text(folder / f"{running[future].name}.json", text + "\n")
         except BaseException:
             pool.shutdown(cancel_futures=True, wait=False)
+            for worker in active_children():  # what they are at is lost, and may take minutes
+                worker.kill()
             raise
 
 

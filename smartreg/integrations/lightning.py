@@ -44,7 +44,7 @@ class SmartCallback(Callback):
         self,
         *,
         smart_lambda: float = 0.3,
-        bregman_mu: float = 1.0,
+        bregman_mu: float = 0.0,
         smart_every: int = 1,
         smart_warmup_steps: int = 0,
         divergence: str | Divergence = "symmetric_kl",

@@ -61,7 +61,7 @@ class SmartLossModifier(nn.Module):
         loss: nn.Module,
         *,
         smart_lambda: float = 0.3,
-        bregman_mu: float = 1.0,
+        bregman_mu: float = 0.0,
         smart_every: int = 1,
         smart_warmup_steps: int = 0,
         compare: str = "embeddings",

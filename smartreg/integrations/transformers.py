@@ -42,7 +42,7 @@ class SmartArguments:
     """The fields that a training-arguments class gains; `HfArgumentParser` makes a flag of each."""
 
     smart_lambda: float = field(default=0.3, metadata={"help": "Weight of the smoothness penalty; 0 leaves it out."})
-    bregman_mu: float = field(default=1.0, metadata={"help": "Weight of the proximal term; 0 leaves it out."})
+    bregman_mu: float = field(default=0.0, metadata={"help": "Weight of the proximal term; 0 leaves it out."})
     bregman_beta: float = field(default=0.99, metadata={"help": "Momentum of the teacher, in [0, 1)."})
     smart_epsilon: float | None = field(
         default=None, metadata={"help": "Radius of the ball around the embeddings; None: SmartLoss's own."}
@@ -65,7 +65,7 @@ class SmartTrainingArguments(SmartArguments, TrainingArguments):
     Examples:
         >>> arguments = SmartTrainingArguments(output_dir="out", smart_lambda=0.5, report_to="none")
         >>> arguments.smart_lambda, arguments.bregman_mu
-        (0.5, 1.0)
+        (0.5, 0.0)
     """
 
 

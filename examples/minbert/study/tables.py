@@ -15,6 +15,12 @@ from .stages import STAGES, Stage, check_budget, on_dev, ranking
 
 REFERENCE = "t-vanilla"
 LEVEL = 0.05
+TITLE = """# Tables of the comparison
+
+Made by `python examples/minbert_arms.py report` of the records in `examples/minbert/study/results/`, by
+[the protocol](../study.md). NLL is the negative log-likelihood, ECE the expected calibration error; *scaled* is with
+a temperature chosen on dev. The cost is CPU time of training over that of `t-vanilla`.
+"""
 Array = NDArray[np.float64]
 
 
@@ -60,7 +66,7 @@ def make(results: Path) -> str:
         )
     if not parts:
         raise InputError(f"{results}: no records; make some with the command `run`")
-    return "\n".join(parts)
+    return "\n".join([TITLE, *parts])
 
 
 def estimate_tables(name: str, stage: Stage, records: Sequence[Record], zero_shot: dict[str, float]) -> str:

@@ -283,7 +283,7 @@ def _found(model: nn.Module, embedding: nn.Module | str | None) -> tuple[nn.Modu
 def _told(model: nn.Module) -> nn.Module | None:
     try:
         told = model.get_input_embeddings()  # type: ignore[operator]  # a method of the user's class, looked up by name
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # the latter is how transformers says that a model has none
         return None
     return told if isinstance(told, nn.Module) else None
 

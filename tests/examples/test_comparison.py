@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import multiprocessing
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,20 @@ def test_a_stage_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     assert arms_cli.main(["report", "--results", str(tmp_path / "results"), "--output-dir", str(tmp_path / "out")]) == 0
     assert "| smart |" in (tmp_path / "out" / "tables.md").read_text()
     assert (tmp_path / "out" / "gain-sst.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_stage_does_not_wait_for_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(running: Any) -> Any:
+        assert multiprocessing.active_children()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workers, "run", time.sleep)  # a run of a minute
+    monkeypatch.setattr(workers, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        workers.make([60.0], tmp_path, {}, 1, "estimate")  # type: ignore[list-item]
+    for worker in multiprocessing.active_children():
+        worker.join(20)
+    assert not multiprocessing.active_children()
 
 
 def test_halving_gives_every_arm_the_same(tmp_path: Path) -> None:

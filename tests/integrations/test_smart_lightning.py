@@ -27,11 +27,9 @@ from trainer_tools import (
     batch_of,
     by_hand,
     farthest,
-    row_noise,
     weights,
 )
 
-from smartreg import SmartLoss
 from smartreg.integrations.lightning import SmartCallback, smart_loss
 
 pytestmark = [
@@ -41,13 +39,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
 ]
 STEPS = 3
-
-
-@pytest.fixture
-def row_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search starts where the row alone says."""
-    forward = SmartLoss.forward
-    monkeypatch.setattr(SmartLoss, "forward", lambda self, *a, **k: forward(self, *a, **{"noise": row_noise, **k}))
 
 
 def callback(**options: Any) -> SmartCallback:

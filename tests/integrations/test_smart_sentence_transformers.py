@@ -21,20 +21,12 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import Tensor, nn
-from trainer_tools import SEARCH, arguments, averages, farthest, row_noise, weights
+from trainer_tools import SEARCH, arguments, averages, farthest, weights
 
-from smartreg import SmartLoss
 from smartreg.integrations.sentence_transformers import SmartLossModifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 STEPS = 3
-
-
-@pytest.fixture
-def row_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search starts where the row alone says."""
-    forward = SmartLoss.forward
-    monkeypatch.setattr(SmartLoss, "forward", lambda self, *a, **k: forward(self, *a, **{"noise": row_noise, **k}))
 
 
 def forwards(model: nn.Module) -> list[bool]:

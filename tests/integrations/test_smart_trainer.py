@@ -28,11 +28,10 @@ from trainer_tools import (
     by_hand,
     farthest,
     forwards,
-    row_noise,
     weights,
 )
 
-from smartreg import SmartLoss, SmartWarning
+from smartreg import SmartWarning
 from smartreg.integrations._heads import infer_head
 from smartreg.integrations.transformers import (
     SmartSeq2SeqTrainer,
@@ -50,13 +49,6 @@ pytestmark = [
 ON = {"smart_lambda": LAMBDA, "bregman_mu": MU, "bregman_beta": BETA}
 OFF = {"smart_lambda": 0.0, "bregman_mu": 0.0}
 STEPS = 3
-
-
-@pytest.fixture
-def row_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search starts where the row alone says."""
-    forward = SmartLoss.forward
-    monkeypatch.setattr(SmartLoss, "forward", lambda self, *a, **k: forward(self, *a, **{"noise": row_noise, **k}))
 
 
 def trainer_of(

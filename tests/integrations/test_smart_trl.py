@@ -46,13 +46,6 @@ def _no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "1")  # what TRL asks
 
 
-@pytest.fixture
-def row_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search starts where the row alone says."""
-    forward = SmartLoss.forward
-    monkeypatch.setattr(SmartLoss, "forward", lambda self, *a, **k: forward(self, *a, **{"noise": row_noise, **k}))
-
-
 def loop(model: nn.Module, name: str = NAME, **options: Any) -> Any:
     """Every row at each of three steps."""
     return by_hand(name, model, batch(name), STEPS, **{"task": task, **options})

@@ -123,8 +123,12 @@ def with_mbpp(arm: Arm) -> Arm:
     return replace(arm, config=config, choice=arm.choice | {"mu": 1.0, "half_life": 0.1}, space=arm.space | MBPP)
 
 
-# The smoothness term at ten and at a hundred times its weight, nothing else changed.
-ARMS |= {f"smart:{weight}": replace(ARMS["smart"], choice=ALONE | {"lambda_s": float(weight)}) for weight in (3, 30)}
+# The smoothness term at another weight, or with a ball of a third of the radius, nothing else changed.
+ARMS |= {
+    f"smart:{weight}": replace(ARMS["smart"], choice=ALONE | {"lambda_s": float(weight)})
+    for weight in (0.03, 0.1, 3, 30)
+}
+ARMS["smart-small-ball"] = replace(ARMS["smart"], choice=ALONE | {"epsilon": 0.05})
 
 _ALONE = ("plain", "t-vanilla", "longer", "ema", "mbpp")  # t-vanilla with the term is mbpp
 ARMS |= {f"{name}+mbpp": with_mbpp(arm) for name, arm in ARMS.items() if name not in _ALONE}

@@ -66,11 +66,13 @@ SEARCHED = (
 JUDGED = {"longer": "t-vanilla"}
 FEW = ("plain", "t-vanilla", "ema", "r-drop", "smart", "smart+mbpp")
 
-# The defaults on the tasks of pairs, beside what costs as much.
-FIRST_PAIRS = ("t-vanilla", "smart", "r-drop")
+# One seed of a trial had shown that the default weight is as large as the task loss where outputs are scores.
+FIRST_PAIRS = ("t-vanilla", "smart", "smart:0.1", "smart:0.03", "r-drop")
+WEAKER = ("t-vanilla", "smart:0.1", "smart:0.03", "smart-small-ball")
 
 STAGES: dict[str, Stage] = {"first": Stage(("sst",), 256, FIRST, seeds=8)}
 STAGES |= {f"first-{_task}": Stage((_task,), 256, FIRST_PAIRS, seeds=8) for _task in ("sts", "para")}
+STAGES["weaker-sst"] = Stage(("sst",), 256, WEAKER, seeds=8)
 for _task, _arms in (("sst", SEARCHED), ("para", FEW), ("sts", FEW)):
     _search = f"search-{_task}-256"
     STAGES[_search] = Stage((_task,), 256, _arms, rungs=HALVING)

@@ -112,6 +112,7 @@ def test_settings_are_keyword_only() -> None:
         ({"ratio": math.inf}, ValueError, "ratio must be 1 or more.* got inf"),
         ({"ratio": None}, TypeError, "ratio must be a number, got None"),
         ({"peak_factor": 0}, ValueError, "peak_factor must be positive and finite, got 0"),
+        ({"peak_factor": math.inf}, ValueError, "peak_factor must be positive and finite, got inf"),
         ({"peak_factor": math.nan}, ValueError, "peak_factor must be positive and finite, got nan"),
         ({"peak_factor": True}, TypeError, "peak_factor must be a number, got True"),
     ],

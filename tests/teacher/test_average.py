@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from teacher_models import averages, mlp, shift
 from torch import Tensor, nn
 
+from smartreg._teacher import averaging
 from smartreg.bregman import MomentumBregman
 
 DEVICES = [
@@ -127,6 +128,43 @@ def test_large_half_precision_weights_are_converted_piece_by_piece() -> None:
     for name, parameter in model.named_parameters():
         expected = before[name].lerp(parameter.detach().float(), 0.25)
         assert torch.equal(averages(bregman)[name], expected), name
+
+
+def test_the_pieces_hold_few_elements_together_and_every_element_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sharded(Tensor):
+        """Stands in for a tensor whose rows are not all here."""
+
+    monkeypatch.setattr(averaging, "_CHUNK", 12)
+    torch.manual_seed(0)
+    shapes = [(4, 3), (5,), (2, 3), (10, 4), (), (1, 30), (3, 15), (0, 3), (2, 0), (2, 3)]
+    values = [torch.randn(shape).bfloat16() for shape in shapes]
+    values.append(torch.randn(10, 4).bfloat16())
+    own = [torch.randn(value.shape) for value in values]
+    own[-1] = own[-1].as_subclass(Sharded)
+    expected = [a.double().lerp(v.double(), 0.25).float() for a, v in zip(own, values, strict=True)]
+    pieces = []
+    fused = torch._foreach_lerp_
+    monkeypatch.setattr(
+        torch, "_foreach_lerp_", lambda *args: (pieces.append([tuple(a.shape) for a in args[0]]), fused(*args))[1]
+    )
+    averaging.move_averages(own, values, 0.75)
+    for average, right in zip(own, expected, strict=True):
+        torch.testing.assert_close(average, right)
+    assert pieces == [
+        [(4, 3)],
+        [(5,), (2, 3), (3, 4)],
+        [(3, 4)],
+        [(3, 4)],
+        [(1, 4), (), (1, 30)],  # a row is not cut
+        *[[(1, 15)]] * 3,
+        [(2, 0), (2, 3), (10, 4)],
+    ]
+
+
+def test_the_dtype_of_an_average_is_wide() -> None:
+    wide = {torch.float8_e4m3fn: torch.float32, torch.float16: torch.float32, torch.float64: torch.float64}
+    wide |= {torch.complex64: torch.complex64, torch.int64: torch.int64}
+    assert {dtype: averaging.average_dtype(dtype) for dtype in wide} == wide
 
 
 def test_a_model_of_several_dtypes() -> None:

@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
             write_text(folder / "tables.md", text)
             for file in (folder / "tables.md", *figures.make(results, folder)):
                 print(file)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` does; nothing is left to say at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

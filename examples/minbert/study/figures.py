@@ -10,7 +10,7 @@ from ..tasks import TASKS
 from .bootstrap import difference
 from .record import Record, read
 from .stages import STAGES
-from .tables import REFERENCE, matrix, measures, paired
+from .tables import REFERENCE, complete, matrix, measures, paired
 
 
 def make(results: Path, folder: Path) -> list[Path]:
@@ -20,7 +20,7 @@ def make(results: Path, folder: Path) -> list[Path]:
         stages = {
             name: read(results / name) for name, stage in STAGES.items() if stage.tasks == (task,) and stage.seeds
         }
-        found = {name: records for name, records in stages.items() if records}
+        found = {name: records for name, records in stages.items() if complete(STAGES[name], records)}
         if found:
             files.append(folder / f"gain-{task}.png")
             gains(task, found, files[-1])
@@ -28,9 +28,13 @@ def make(results: Path, folder: Path) -> list[Path]:
 
 
 def gains(task: str, stages: dict[str, list[Record]], file: Path) -> None:
-    """A panel for accuracy or Pearson and one for NLL; a group of intervals for each stage."""
-    figure = Figure(figsize=(10, 1.5 + 0.28 * sum(len(STAGES[name].arms) for name in stages)), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    """A panel for accuracy or Pearson and one for NLL; a group of intervals for each stage.
+
+    Filled where the interval is on one side of zero.
+    """
+    rows = sum(len(STAGES[name].arms) - 1 for name in stages)
+    figure = Figure(figsize=(4.8, 1.8 + 0.44 * rows), layout="constrained")  # as wide as a telephone's page
+    panels = figure.subplots(2, 1)
     for panel, measure in zip(panels, measures(task)[:2], strict=True):
         labels: list[str] = []
         for name, records in stages.items():
@@ -43,10 +47,11 @@ def gains(task: str, stages: dict[str, list[Record]], file: Path) -> None:
                     worse = gap.low > 0 if measure.less else gap.high < 0
                     colour = "#2e8b57" if better else "#d1495b" if worse else "#777777"
                     panel.plot([gap.low, gap.high], [len(labels)] * 2, color=colour)
-                    panel.plot(gap.mean, len(labels), "o", color=colour)
-                    labels.append(f"{name}: {arm}")
+                    panel.plot(gap.mean, len(labels), "o", color=colour, mfc=colour if better or worse else "white")
+                    labels.append(arm if len(stages) == 1 else f"{arm} ({name})")
         panel.axvline(0, color="black", linewidth=0.8)
-        panel.set_yticks(np.arange(len(labels)), labels, fontsize=8)
+        panel.set_yticks(np.arange(len(labels)), labels)
         panel.set(title=f"{measure.title}, difference from {REFERENCE}", ylim=(len(labels) - 0.5, -0.5))
+        panel.locator_params(axis="x", nbins=6)
         panel.grid(axis="x", alpha=0.3)
     save_figure(figure, file)

@@ -61,9 +61,12 @@ def make(results: Path) -> str:
         records = read(results / name)
         if not records:
             continue
-        parts.append(
-            search_table(name, stage, records) if stage.rungs else estimate_tables(name, stage, records, zero_shot)
-        )
+        if stage.rungs:
+            parts.append(search_table(name, stage, records))
+        elif complete(stage, records):
+            parts.append(estimate_tables(name, stage, records, zero_shot))
+        else:
+            parts.append(f"## {name}\n\nIn the making: {len(records)} runs, and fewer than two seeds with all arms.\n")
     if not parts:
         raise InputError(f"{results}: no records; make some with the command `run`")
     return "\n".join([TITLE, *parts])
@@ -90,12 +93,26 @@ def paired(stage: Stage, records: Sequence[Record]) -> tuple[dict[str, list[Reco
     Raises:
         InputError: the reference has no run yet, or no two seeds are complete.
     """
-    runs = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in stage.arms}
-    runs = {arm: found for arm, found in runs.items() if found}
-    seeds = sorted(set.intersection(*(set(found) for found in runs.values()))) if runs else []
-    if REFERENCE not in runs or len(seeds) < 2:
+    runs = _by_seed(stage, records)
+    seeds = _shared(runs)
+    if not complete(stage, records):
         raise InputError(f"expected two seeds or more with all arms, {REFERENCE} among them; got {len(seeds)}")
     return {arm: [found[seed] for seed in seeds] for arm, found in runs.items()}, seeds
+
+
+def complete(stage: Stage, records: Sequence[Record]) -> bool:
+    """Whether a comparison can be made: the reference has run, and all arms on two seeds or more."""
+    runs = _by_seed(stage, records)
+    return REFERENCE in runs and len(runs) > 1 and len(_shared(runs)) >= 2
+
+
+def _by_seed(stage: Stage, records: Sequence[Record]) -> dict[str, dict[int, Record]]:
+    runs = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in stage.arms}
+    return {arm: found for arm, found in runs.items() if found}
+
+
+def _shared(runs: dict[str, dict[int, Record]]) -> list[int]:
+    return sorted(set.intersection(*(set(found) for found in runs.values()))) if runs else []
 
 
 def matrix(runs: Sequence[Record], task: str, moment: str, measure: Measure) -> Array:

@@ -35,6 +35,19 @@ def test_gradients_reach_only_the_argument_that_asks(name):
 
 
 @pytest.mark.parametrize("name", ["symmetric_kl", BLOCKS], indirect=True)
+def test_derivatives_of_logits_of_a_sequence(name):
+    a, b = leaf_pair(2, 3, 4)
+    flat = [x.detach().flatten(0, 1).requires_grad_() for x in (a, b)]
+    assert torch.autograd.gradgradcheck(symmetric_kl, (a, b))
+    for own, other in zip(
+        torch.autograd.grad(symmetric_kl(a, b), (a, b), create_graph=True),
+        torch.autograd.grad(symmetric_kl(*flat), flat),
+        strict=True,
+    ):
+        torch.testing.assert_close(own.flatten(0, 1), other)
+
+
+@pytest.mark.parametrize("name", ["symmetric_kl", BLOCKS], indirect=True)
 def test_a_retained_graph_gives_the_same_gradients_again(name):
     a, b = leaf_pair(4, 5)
     value = symmetric_kl(a, b)

@@ -3,6 +3,9 @@
 import itertools
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +165,32 @@ def test_an_interrupted_stage_does_not_wait_for_its_runs(tmp_path: Path, monkeyp
     for worker in multiprocessing.active_children():
         worker.join(20)
     assert not multiprocessing.active_children()
+
+
+KILLED = """
+import os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from minbert.study.workers import alone
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=alone) as pool:
+        pool.submit(os.getpid).result()
+        pool.submit(time.sleep, 600)
+        print("at work", flush=True)
+"""
+
+
+def test_no_worker_outlives_a_killed_study(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, script], env=os.environ | path, stdout=subprocess.PIPE, text=True) as study:
+        assert study.stdout is not None
+        assert study.stdout.readline() == "at work\n"
+        study.kill()
+        study.communicate(timeout=60)  # returns when nobody is left who could write
 
 
 def test_halving_gives_every_arm_the_same(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ Two calls at once for the same stage would make the same runs twice, to the same
 
 import json
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,18 @@ def make(trials: Sequence[Trial], folder: Path, options: dict[str, Any], workers
 
 
 def alone() -> None:
-    """One thread, and room for whoever else uses the machine."""
+    """One thread, room for whoever else uses the machine, and no life beyond the parent's, however that ends."""
     torch.set_num_threads(1)
     if hasattr(os, "nice"):
         os.nice(10)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def remaining(stage: Stage, records: Sequence[Record], searched: Sequence[Record] = ()) -> int:

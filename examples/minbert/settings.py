@@ -133,7 +133,7 @@ class Settings:
     beta: float | str = _proximal(0.99, "the teacher's momentum, or 'paper': 0.99, then 0.999",
                                   Bound(f"{RATE.text}, or 'paper'", RATE.holds), library="beta", read=beta)
     inner_steps: int = _proximal(1, "S: the teacher moves every S optimizer steps", whole(1))
-    lambda_s: float = _smooth(0.3, "weight of the smoothness term", NOT_NEGATIVE)
+    lambda_s: float = _smooth(0.03, "weight of the smoothness term", NOT_NEGATIVE)
     epsilon: float = _smooth(0.15, "radius of the ball", SIZE, library="epsilon")
     step_size: float = _smooth(0.15, "of the ascent", SIZE, library="step_size")
     noise_std: float = _smooth(0.015, "of the noise that --start noise draws", SIZE, library="noise_std")

@@ -55,7 +55,14 @@ def test_trials_share_what_all_arms_have() -> None:
         assert len({tuple(each.values()) for each in drawn.values()}) == 1
     assert choice_of("t-vanilla", 1)["lr"] != choice_of("t-vanilla", 2)["lr"]
     assert choice_of("smart", 1)["lambda_s"] != choice_of("r-drop", 1)["lambda_s"]
-    assert choice_of("smart", 0) == {"lr": 3e-5, "head_lr": 3e-4, "epochs": 5, "batch_size": 16, "mu": 0.0}
+    assert choice_of("smart", 0) == {
+        "lr": 3e-5,
+        "head_lr": 3e-4,
+        "epochs": 5,
+        "batch_size": 16,
+        "mu": 0.0,
+        "lambda_s": 0.3,
+    }
 
 
 def test_what_follows_from_a_choice() -> None:

@@ -176,7 +176,7 @@ def train(model: nn.Module, smart: SmartLoss | None, steps: int = 30) -> list[fl
         else:
             outputs, penalty = smart(lambda m: m(input_ids=ids))
             logits = outputs.logits
-        loss = nn.functional.cross_entropy(logits, labels) + 0.1 * penalty
+        loss = nn.functional.cross_entropy(logits, labels) + 0.3 * penalty
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

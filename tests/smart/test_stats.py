@@ -57,6 +57,20 @@ def test_without_an_ascent_the_start_is_the_end() -> None:
     assert smart.stats.ascent_gain != smart.stats.ascent_gain  # 0 / 0: not a number
 
 
+@pytest.mark.parametrize("examples", [1, 3])
+def test_a_start_on_the_sphere_uses_the_whole_radius(examples: int) -> None:
+    ids, mask = batch(examples=examples)
+    smart = SmartLoss(build(), start="gradient", steps=0)
+    smart(lambda m: m(ids), mask=mask)
+    assert smart.stats.radius_used == pytest.approx(1.0)
+
+
+def test_without_a_radius_nobody_misses_a_gradient() -> None:
+    """No warning: nothing was to be perturbed, whatever the mask says."""
+    smart = SmartLoss(build(), epsilon=0.0)
+    assert smart(lambda m: m(IDS), mask=torch.zeros_like(IDS)).penalty == 0
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_largest_perturbation_is_that_of_any_look_up(order: int) -> None:
     smart = SmartLoss(build(sentences=2), steps=0, epsilon=9.0)

@@ -83,7 +83,9 @@ def test_a_mask_of_the_other_convention_is_told_once(memory_efficient: bool) -> 
 
 
 def test_examples_without_a_gradient_are_told_for_a_function_too() -> None:
-    with pytest.warns(SmartWarning, match=r"no example of this call.* marks 100% of the positions.*or its gradients are not finite"):
+    with pytest.warns(
+        SmartWarning, match=r"no example of this call.* marks 100% of the positions.*or its gradients are not finite"
+    ):
         smoothness_penalty(lambda x: torch.sign(x).sum(dim=1) + 0 * x.sum(dim=1), torch.ones(3, 2, 3))
 
 

@@ -163,15 +163,21 @@ class Steep(nn.Module):
         return (self.words(ids) * self.slope).mean(1)
 
 
-@pytest.mark.parametrize("search", [{}, {"start": "noise", "noise_std": 0.15, "steps": 1}], ids=["start", "step"])
-def test_the_inner_scale_is_halved_on_overflow_until_it_fits(search: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "search",
+    [{}, {"memory_efficient": True}, {"start": "noise", "noise_std": 0.15, "steps": 1}],
+    ids=["start", "start, memory-efficient", "step"],
+)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_the_inner_scale_is_halved_on_overflow_until_it_fits(search: dict[str, Any], grad: bool) -> None:
     """Squared error of slope 400 in float16: 4096 times the gradient is out of range, a fraction of it is not."""
     torch.manual_seed(2)
     model = Steep(400.0).half()
     smart = SmartLoss(model, embedding="words", divergence="mse", **search)
     scales, bad = [], []
     for _ in range(8):
-        smart(lambda m: m(IDS))
+        with torch.set_grad_enabled(grad):
+            smart(lambda m: m(IDS))
         scales.append(smart._looks.loss_scale.get(torch.device("cpu"), torch.float16).item())
         assert smart.stats is not None
         bad.append(smart.stats.bad_examples)

@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from smartreg import MomentumBregman, SlantedTriangularLR, SmartLoss
 
 EPOCHS, LEARNING_RATE, LARGEST_NORM = 3, 2e-4, 1.0
-LAMBDA_S, WARM_UP_STEPS = 0.3, 10  # the weight of the penalty, and how many steps it takes to rise to it
-MU = 1.0  # the weight of the momentum Bregman term; 0 leaves it out
+LAMBDA_S, WARM_UP_STEPS = 0.03, 10  # the weight of the penalty, and how many steps it takes to rise to it
+MU = 0.0  # the weight of the momentum Bregman term, which is left out at 0
 
 
 def train(model, loader, held_out):

@@ -85,7 +85,7 @@ class SmartLoss(nn.Module):
         >>> smart = SmartLoss(model, embedding="0")
         >>> ids, labels = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([0, 1])
         >>> logits, penalty = smart(lambda m: m(ids))
-        >>> loss = nn.functional.cross_entropy(logits, labels) + 0.3 * penalty
+        >>> loss = nn.functional.cross_entropy(logits, labels) + 0.03 * penalty
         >>> loss.backward()
         >>> round(smart.stats.radius_used, 3)
         1.0

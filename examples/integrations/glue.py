@@ -37,7 +37,7 @@ def main() -> None:
         num_train_epochs=options.epochs,
         logging_steps=2,
         report_to="none",
-        smart_lambda=0.3,
+        smart_lambda=0.03,
         bregman_mu=1.0,
         bregman_beta=0.99,
     )

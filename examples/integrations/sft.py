@@ -36,7 +36,7 @@ def main() -> None:
         logging_steps=2,
         report_to="none",
         bf16=False,  # TRL sets it, and not every CPU has it
-        smart_lambda=0.3,
+        smart_lambda=0.03,
         bregman_mu=1.0,
     )
     trainer = SmartSFTTrainer(  # was SFTTrainer

@@ -43,7 +43,7 @@ class SmartCallback(Callback):
     def __init__(
         self,
         *,
-        smart_lambda: float = 0.3,
+        smart_lambda: float = 0.03,
         bregman_mu: float = 0.0,
         smart_every: int = 1,
         smart_warmup_steps: int = 0,

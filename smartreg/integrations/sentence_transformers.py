@@ -60,7 +60,7 @@ class SmartLossModifier(nn.Module):
         model: nn.Module,
         loss: nn.Module,
         *,
-        smart_lambda: float = 0.3,
+        smart_lambda: float = 0.03,
         bregman_mu: float = 0.0,
         smart_every: int = 1,
         smart_warmup_steps: int = 0,

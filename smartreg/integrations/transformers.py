@@ -41,7 +41,7 @@ _Parent: Any = object  # a Trainer class, in whatever a user puts the mixin befo
 class SmartArguments:
     """The fields that a training-arguments class gains; `HfArgumentParser` makes a flag of each."""
 
-    smart_lambda: float = field(default=0.3, metadata={"help": "Weight of the smoothness penalty; 0 leaves it out."})
+    smart_lambda: float = field(default=0.03, metadata={"help": "Weight of the smoothness penalty; 0 leaves it out."})
     bregman_mu: float = field(default=0.0, metadata={"help": "Weight of the proximal term; 0 leaves it out."})
     bregman_beta: float = field(default=0.99, metadata={"help": "Momentum of the teacher, in [0, 1)."})
     smart_epsilon: float | None = field(

@@ -32,7 +32,7 @@ class SmartSFTConfig(SmartArguments, SFTConfig):
 
     Examples:
         >>> SmartSFTConfig.smart_lambda, SmartSFTConfig.bregman_mu, SmartSFTConfig.loss_type
-        (0.3, 0.0, 'nll')
+        (0.03, 0.0, 'nll')
     """
 
 

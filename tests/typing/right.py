@@ -25,7 +25,7 @@ def train(model: nn.Module, ids: Tensor, labels: Tensor) -> None:
     assert_type(penalty, Tensor)
     proximal = bregman(lambda m: m(ids), outputs, divergence="binary_symmetric_kl")
     assert_type(proximal, Tensor)
-    loss = nn.functional.cross_entropy(outputs, labels) + 0.3 * penalty + 1.0 * proximal
+    loss = nn.functional.cross_entropy(outputs, labels) + 0.03 * penalty + 1.0 * proximal
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = SlantedTriangularLR(optimizer, total_steps=100)
     torch.autograd.backward(loss)

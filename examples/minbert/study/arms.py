@@ -81,7 +81,7 @@ STRENGTH = Log(0.1, 30)
 RADIUS = Log(0.02, 2)
 SMOOTHING = {"label_smoothing": OneOf((0.0, 0.05, 0.1))}
 MBPP = {"mu": Log(0.01, 3), "half_life": Log(0.02, 0.5)}
-# λ_s alone: the teacher is there in t-smart, and weighs nothing. 0.3 is README's weight, the example's is a tenth.
+# λ_s alone: the teacher is there in t-smart, and weighs nothing. 0.3 is what README had before the first results.
 ALONE = {"mu": 0.0, "lambda_s": 0.3}
 PRINTED = {"start": "noise", "ascent_steps": 1, "norm": "inf"}
 PACKAGES = PRINTED | {"epsilon": 1e-6, "step_size": 1e-3, "noise_std": 1e-5, "epsilon_scale": "absolute"}

@@ -189,9 +189,10 @@ class MomentumBregman(nn.Module):
         inner = innermost(self._teacher.module)
         state = ModuleState(inner)
         random = RandomState(devices_of(inner), state.held.generators)
-        with torch.no_grad(), self._teacher.lent() as module, state.replayed(), random.replayed(), in_train_mode(inner):
-            trained = [compared_tensors(forward(module), self.output_to_logits) for _ in range(2)]
-        look_at_modes(answer, trained, distance)
+        with torch.no_grad():
+            with self._teacher.lent() as module, state.replayed(), random.replayed(), in_train_mode(inner):
+                trained = [compared_tensors(forward(module), self.output_to_logits) for _ in range(2)]
+            look_at_modes(answer, trained, distance)
 
     def update(self) -> None:
         """Moves the teacher by one step of the average; call it after `optimizer.step()`.

@@ -111,7 +111,7 @@ def tokenize(split: Split, tokenizer: SentenceTokenizer) -> TokenSet:
 
 
 def fingerprint(sets: Mapping[str, TokenSet]) -> str:
-    """A hash of training sets, by which a resumed run knows its data."""
+    """A hash of sets, by which a resumed run knows its data."""
     digest = hashlib.sha256()
     for name, data in sets.items():
         digest.update(repr((name, data.ids, data.tokens, data.labels)).encode())

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn
 
+import torch
 from tqdm import tqdm
 
 from smartreg import SmartWarning
@@ -104,6 +105,13 @@ def exit_code(work: Callable[[], int], after_interrupt: str) -> int:
     except (InputError, OutputError, Diverged) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return {InputError: 2, OutputError: 3, Diverged: 4}[type(error)]
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: out of memory on the device ({one_line(error, 200)}); a smaller --batch-size with --grad-accum "
+            f"gives the same updates, --memory-efficient and --gradient-checkpointing take less memory for more time",
+            file=sys.stderr,
+        )
+        return 2
     except OSError as error:  # a name too long, a folder without permission
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -37,7 +37,9 @@ def join(device: str) -> Place:
     Raises:
         InputError: the device is not there.
     """
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    world, local = _environment("WORLD_SIZE", 1), _environment("LOCAL_RANK", 0)
+    if world > 1 and (lacking := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]):
+        raise InputError(f"WORLD_SIZE is {world}, but {lacking[0]} is not set: start with torchrun, or unset it")
     kind = device
     if device == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -59,6 +61,13 @@ def join(device: str) -> Place:
         # Control messages (stop requests, random states) travel on CPU tensors, whatever the gradients use.
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     return Place(place, dist.get_rank(), world)
+
+
+def _environment(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, str(otherwise))
+    if not (text.isascii() and text.isdigit()):
+        raise InputError(f"{name}: expected a whole number in the environment, got {text!r}; torchrun sets it")
+    return int(text)
 
 
 def leave() -> None:
@@ -141,12 +150,7 @@ def _from_first(place: Place, text: str) -> str:
 
 def random_states(place: Place) -> list[Tensor]:
     """The random state of every process as bytes, in the order of the ranks: the CPU's, and its device's after it."""
-    parts = [torch.get_rng_state()]
-    if place.device.type == "cuda":
-        parts.append(torch.cuda.get_rng_state(place.device))
-    elif place.device.type == "mps":
-        parts.append(torch.mps.get_rng_state())
-    own = torch.cat(parts)
+    own = _own_random_state(place)
     if place.world == 1:
         return [own]
     states = [torch.empty_like(own) for _ in range(place.world)]
@@ -154,11 +158,23 @@ def random_states(place: Place) -> list[Tensor]:
     return states
 
 
-def set_random_state(place: Place, state: Tensor) -> None:
-    """Puts back one of `random_states` in this process."""
+def _own_random_state(place: Place) -> Tensor:
+    parts = [torch.get_rng_state()]
+    if place.device.type == "cuda":
+        parts.append(torch.cuda.get_rng_state(place.device))
+    elif place.device.type == "mps":
+        parts.append(torch.mps.get_rng_state())
+    return torch.cat(parts)
+
+
+def set_random_state(place: Place, state: Tensor) -> bool:
+    """Puts back one of `random_states` in this process; returns whether it holds a state of this kind of device."""
     size = len(torch.get_rng_state())
     torch.set_rng_state(state[:size].clone())
+    if len(state) != len(_own_random_state(place)):
+        return False
     if place.device.type == "cuda":
         torch.cuda.set_rng_state(state[size:].clone(), place.device)
     elif place.device.type == "mps":
         torch.mps.set_rng_state(state[size:].clone())
+    return True

@@ -114,8 +114,12 @@ def evaluate_run(given: dict[str, Any]) -> int:
     run, split = Path(given["evaluate"]), given.get("split", "dev")
     settings = run_folder.saved_settings(run, "--evaluate")
     saved = checkpoint.last_checkpoint(run, "--evaluate")
+    if not run_folder.complete(run):
+        print(f"note: {run} is not complete; these are its weights at {saved.name}", file=sys.stderr)
     output = Path(given["output_dir"]) if "output_dir" in given else None
-    if output is not None:
+    if output is not None and output.exists():
+        if (output / "settings.json").exists():
+            raise InputError(f"--output-dir {output}: holds a run; name another folder for the predictions")
         run_folder.refuse_occupied(output)
     tasks = given.get("tasks", settings.tasks)
     missing = [name for name in tasks if name not in settings.tasks]

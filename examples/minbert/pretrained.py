@@ -1,6 +1,7 @@
 """Finding and loading a BERT checkpoint in Hugging Face layout: its configuration and its weights."""
 
 import importlib.metadata
+import os
 import re
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def resolve_encoder(name: str | None) -> Path:
     """
     if name is None:
         return embedded_folder()
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # which leaves "~nobody" as it is, where Path.expanduser raises
     if folder.is_dir():
         return folder
     if not HUB_NAME.fullmatch(name):

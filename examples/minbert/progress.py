@@ -1,6 +1,7 @@
 """What is watched while a run trains: the parts of the loss, the memory, and whether it is asked to stop."""
 
 import math
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -109,9 +110,9 @@ class Ledger:
 def hidden(place: Place) -> bool | None:
     """`disable=` of a progress bar: other processes draw none, nor does the first where stderr is no terminal (None).
 
-    In a file a bar would be hundreds of lines in one.
+    In a file a bar would be hundreds of lines in one. tqdm's own variable counts too, which it sets aside for `None`.
     """
-    return None if place.first else True
+    return True if not place.first or os.environ.get("TQDM_DISABLE") == "1" else None
 
 
 def last_loss(losses: Losses) -> str:

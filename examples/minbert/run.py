@@ -18,7 +18,7 @@ from .model import MultitaskModel, build_model, encoder_config, model_shapes
 from .optimizer import schedule_note
 from .pretrained import resolve_encoder
 from .report import finish, note, print_data, print_header, say
-from .settings import Settings, resolve
+from .settings import Settings, refuse_idle, resolve
 from .tasks import TASKS
 from .train import Stopped, Trainer
 from .words import epoch_line
@@ -33,13 +33,14 @@ def train_run(given: dict[str, Any]) -> int:
     settings = resolve(given)
     if resume and folder is None:
         raise InputError("--resume: name the run to go on with, as --output-dir")
-    place = distributed.join(settings.device)
-    console = Console(file=sys.stdout if place.first else open(os.devnull, "w"), soft_wrap=False)  # noqa: SIM115
     if resume and folder is not None:
         settings = run_folder.settings_to_resume(folder, given, settings)
-        if run_folder.complete(folder):
-            console.print(f"{folder} is complete already; nothing to resume", highlight=False, markup=False)
-            return 0
+    refuse_idle(given, settings)
+    place = distributed.join(settings.device)
+    console = Console(file=sys.stdout if place.first else open(os.devnull, "w"), soft_wrap=False)  # noqa: SIM115
+    if resume and folder is not None and run_folder.complete(folder):
+        console.print(f"{folder} is complete already; nothing to resume", highlight=False, markup=False)
+        return 0
     with run_folder.Hold(folder, resume) as hold:
         train_in(hold, settings, place, console)
     return 0

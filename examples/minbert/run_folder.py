@@ -89,10 +89,12 @@ def new_folder(settings: Settings) -> Path:
     To make a folder is one step of the file system: of two runs that want the same name, one gets it.
     """
     name = f"{settings.config}-{settings.option}-{time.strftime('%Y%m%d-%H%M%S')}"
+    runs = Path("runs")
+    with files.writing(runs):
+        runs.mkdir(exist_ok=True)
     for count in itertools.count(1):
-        folder = Path("runs") / (name if count == 1 else f"{name}-{count}")
+        folder = runs / (name if count == 1 else f"{name}-{count}")
         with suppress(FileExistsError), files.writing(folder, but=FileExistsError):
-            folder.parent.mkdir(exist_ok=True)
             folder.mkdir()
             return folder
     raise AssertionError
@@ -173,7 +175,7 @@ def settings_to_resume(folder: Path, given: dict[str, Any], resolved: Settings) 
                 f"--resume {folder}: {flag(name)} is {getattr(saved, name)!r} in the run, {value!r} here; "
                 f"a run goes on with the settings that it began with"
             )
-    return replace(saved, **{**free, "device": resolved.device})
+    return replace(saved, **free)
 
 
 def complete(folder: Path) -> bool:

@@ -283,6 +283,14 @@ def resolve(given: dict[str, Any]) -> Settings:
     return Settings(**(values | given))
 
 
+def refuse_idle(given: dict[str, Any], settings: Settings) -> None:
+    """Raises InputError where the user gave a size that this search does not use; presets may leave some idle."""
+    if "noise_std" in given and settings.start != "noise":
+        raise InputError(f"--noise-std: has no effect with --start {settings.start}; add --start noise")
+    if "step_size" in given and settings.ascent_steps == 0:
+        raise InputError("--step-size: has no effect with --ascent-steps 0; add --ascent-steps 1")
+
+
 def flag(name: str) -> str:
     """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")

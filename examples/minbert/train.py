@@ -234,6 +234,7 @@ class Trainer:
                 "teacher": self.objective.bregman.state_dict() if self.objective.bregman is not None else None,
                 "random_states": random_states,
                 "data": fingerprint(self._trained()),
+                "dev_data": fingerprint(self.dev_sets),
                 "threads": torch.get_num_threads(),
             }
             checkpoint.save(self.folder, self.step, self.model.state_dict(), state)
@@ -251,21 +252,28 @@ class Trainer:
         """
         state = checkpoint.load_state(folder)
         try:
-            self._restore(state)
+            same_device = self._restore(state)
         except RESTORING as error:
             raise InputError(f"{folder}: not the state of this run ({type(error).__name__}: {error})") from None
         if self.place.first:
             run_folder.write_history(self.folder, self.history)  # a kill may have come before its last line
+        notes = []
+        if not same_device:
+            notes.append(
+                f"the run was not on {self.place.device.type} before: dropout and noise are drawn anew there, so the "
+                f"weights will not be those of a run that was never stopped"
+            )
         threads = state.get("threads", torch.get_num_threads())
-        if threads == torch.get_num_threads():
-            return []
-        return [
-            f"the run had {threads} threads, here are {torch.get_num_threads()}: sums over threads round differently, "
-            f"so the weights will not be bit for bit those of a run that was never stopped; OMP_NUM_THREADS={threads} "
-            f"makes them so"
-        ]
+        if threads != torch.get_num_threads():
+            notes.append(
+                f"the run had {threads} threads, here are {torch.get_num_threads()}: sums over threads round "
+                f"differently, so the weights will not be bit for bit those of a run that was never stopped; "
+                f"OMP_NUM_THREADS={threads} makes them so"
+            )
+        return notes
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any]) -> bool:
+        """Puts everything back; returns whether the random state was of this kind of device."""
         if len(state["random_states"]) != self.place.world:
             raise InputError(
                 f"--resume {self.folder}: the run had {len(state['random_states'])} processes, here are "
@@ -273,6 +281,9 @@ class Trainer:
             )
         if state["data"] != fingerprint(self._trained()):
             raise InputError(f"--resume {self.folder}: the training data is not what the run began with")
+        dev = fingerprint(self.dev_sets)
+        if state.get("dev_data", dev) != dev:
+            raise InputError(f"--resume {self.folder}: the dev data is not what the run began with")
         counts = [state[name] for name in ("step", "epoch", "position")]
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError(f"step, epoch and position are {counts}")
@@ -291,7 +302,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.objective.bregman is not None:
             self.objective.bregman.load_state_dict(state["teacher"])
-        distributed.set_random_state(self.place, state["random_states"][self.place.rank])
+        return distributed.set_random_state(self.place, state["random_states"][self.place.rank])
 
     def _asked_to_stop(self) -> bool:
         return distributed.any_process(self.place, self.stop.requested)

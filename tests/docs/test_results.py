@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from minbert.settings import Settings
 from minbert.study.tables import REFERENCE
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -19,20 +20,31 @@ def numbers(cell: str) -> list[float]:
     return [float(number) for number in NUMBER.findall(cell.replace("−", "-"))]
 
 
+def tables_of(stage: str) -> str:
+    return (DOCS / "study" / "tables.md").read_text("utf-8").split(f"\n## {stage}\n")[1].split("\n## ")[0]
+
+
 def last_epoch(stage: str) -> dict[str, list[list[float]]]:
     """By arm and column of a stage: the mean, and with it the difference and its interval where there is one."""
-    part = (DOCS / "study" / "tables.md").read_text("utf-8").split(f"\n## {stage}\n")[1]
-    part = part.split(", last epoch\n")[1].split("###")[0]
+    part = tables_of(stage).split(", last epoch\n")[1].split("###")[0]
     rows = [cells(line) for line in part.splitlines() if line.startswith("| ")][1:]
     return {arm: [numbers(cell) for cell in rest] for arm, *rest in rows if arm != "untrained"}
 
 
+def seeds_of(stage: str) -> int:
+    return int(re.findall(r"seeds: (\d+)", tables_of(stage))[0])
+
+
 SECTIONS = {
-    "Results: does it help?": "first",
+    "Paraphrase: Quora": "first-para",
+    "Sentiment: SST": "first",
+    "Weaker weights, a smaller ball": "weaker-sst",
     "Scores: STS": "first-sts",
-    "A weaker weight, a smaller ball": "weaker-sst",
 }
 """The sections of the page that have a table, and the stage that it is of."""
+SUMMARY = {"paraphrase": "first-para", "sentiment": "weaker-sst", "scores": "first-sts"}
+"""The rows of the page's first table, which are of the default weight alone."""
+DEFAULT = f"smart:{Settings.lambda_s}"
 ROWS = []
 for section in re.split(r"^#+ ", (DOCS / "results.md").read_text("utf-8"), flags=re.MULTILINE):
     title, _, body = section.partition("\n")
@@ -58,3 +70,23 @@ def test_a_row_is_that_of_the_tables(title: str, row: list[str]) -> None:
     assert [len(cell) for cell in found] == [len(cell) for cell in wanted]
     for own, other in zip(found, wanted, strict=True):
         assert own == pytest.approx(other, abs=0.00056)
+
+
+@pytest.mark.parametrize(("task", "stage"), SUMMARY.items())
+def test_the_summary_is_the_default_weight_of_the_tables(task: str, stage: str) -> None:
+    page = (DOCS / "results.md").read_text("utf-8")
+    (row,) = (cells(line) for line in page.splitlines() if line.startswith(f"| [{task}]"))
+    metric, nll, scaled, *_, cost = last_epoch(stage)[DEFAULT]
+    seeds = seeds_of(stage)
+    found = [numbers(cell) for cell in row[1:-1]]
+    for own, other in zip(found, [metric[1:4], nll[1:4], scaled[1:4], cost], strict=True):
+        assert own == pytest.approx(other, abs=0.00056)
+    assert int(row[-1]) == seeds
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_a_section_tells_its_seeds(title: str) -> None:
+    page = (DOCS / "results.md").read_text("utf-8")
+    body = re.split(r"^#+ ", page.split(f"# {title}\n")[1], flags=re.MULTILINE)[0]
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+    assert f"{words[seeds_of(SECTIONS[title])]} seeds" in body

@@ -16,7 +16,7 @@ import pytest
 from example_tools import SAMPLE, tiny_encoder
 
 from minbert import InputError
-from minbert.files import write_json
+from minbert.files import write_json, write_text
 from minbert.study import arms_cli, figures, stages, tables, workers
 from minbert.study.arms import choice_of
 from minbert.study.record import ZERO_SHOT, code_version, packed, read
@@ -84,7 +84,7 @@ def test_the_three_parts_never_meet() -> None:
     assert len(everything.train.examples) == 160 - 60
     labels = [e.label for e in one.held_out.examples]
     assert labels != sorted(labels)  # the order is a draw, so that the first rows stand for all
-    with pytest.raises(ValueError, match=r"rows: expected 1 to 100 of sst, where 60 of 160 are kept, got 101"):
+    with pytest.raises(InputError, match=r"rows: expected 1 to 100 of sst, where 60 of 160 are kept, got 101"):
         parts(SAMPLE, "sst", 101, seed=0, held_out=60)
 
 
@@ -151,6 +151,39 @@ def test_a_stage_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     assert arms_cli.main(["report", "--results", str(tmp_path / "results"), "--output-dir", str(tmp_path / "out")]) == 0
     assert "| smart |" in (tmp_path / "out" / "tables.md").read_text()
     assert (tmp_path / "out" / "gain-sst.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"name": "x"}', "{"])
+def test_what_is_no_record_is_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "estimate" / "x.json"
+    write_text(file, content)
+    assert arms_cli.main(["status", "--results", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {file}: ")
+    assert line.endswith("remove it to have the run made again")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "estimate", "--data-dir", str(SAMPLE), "--results", "{file}"], "{file}/estimate: cannot be written"),
+        (["untrained", "--data-dir", str(SAMPLE), "--results", "{folder}"], "rows: expected 1 to 0 of sst"),
+        (["report", "--results", "{folder}", "--output-dir", "{file}"], "{file}/tables.md: cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tables, "make", lambda _: "")
+    (tmp_path / "file").write_text("years of work")
+    places = {"file": str(tmp_path / "file"), "folder": str(tmp_path / "results")}
+    assert arms_cli.main([word.format(**places) for word in arguments]) in (2, 3)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert line.startswith(f"error: {message.format(**places)}")
 
 
 def test_an_interrupted_stage_does_not_wait_for_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

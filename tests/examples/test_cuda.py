@@ -37,9 +37,11 @@ def test_trains_on_the_device(flags: list[str], encoder: Path, tmp_path: Path) -
 def test_resumes_on_the_device(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = ["--encoder", str(encoder), "--output-dir", str(tmp_path / "run"), "--device", "cuda", *FLAGS]
     with monkeypatch.context() as patch:
-        patch.setattr("minbert.cli.finish", lambda *_: None)
+        patch.setattr("minbert.run.finish", lambda *_: None)
         assert main([*line, "--save-every", "2"]) == 0
+    assert not (tmp_path / "run" / "metrics.json").exists()
     assert main([*line, "--resume"]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["device"] == "cuda"
 
 
 @pytest.mark.cuda

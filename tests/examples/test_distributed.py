@@ -68,9 +68,12 @@ def test_two_ranks_equal_one_process(encoder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
-def test_ranks_agree_under_dropout_and_resume_together(encoder: Path, tmp_path: Path) -> None:
+def test_ranks_agree_under_dropout_and_one_does_not_go_on_for_two(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--encoder", encoder, *FLAGS, "--batch-size", 6]
     first, second = two_ranks(tmp_path, *flags)
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     (tmp_path / "two" / "metrics.json").unlink()
-    assert main(["--output-dir", str(tmp_path / "two"), "--resume"]) == 2  # one process cannot go on for two
+    assert main(["--output-dir", str(tmp_path / "two"), "--resume"]) == 2
+    assert "the run had 2 processes, here are 1" in capsys.readouterr().err

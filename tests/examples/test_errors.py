@@ -91,7 +91,12 @@ def too_many_unusable(data: Path) -> str:
     return "quora-train.csv:3: is_duplicate is empty; 2 of 172 lines cannot be used"
 
 
-DEFECTS = [no_header, label_out_of_range, nan_score, empty_file, missing_file, not_utf8, too_many_unusable]
+def nul(data: Path) -> str:
+    replace_line(data / "sts-dev.csv", 6, lambda line: line.replace(" ", "\0", 1))
+    return "sts-dev.csv:6: holds a NUL character; remove it"
+
+
+DEFECTS = [nul, no_header, label_out_of_range, nan_score, empty_file, missing_file, not_utf8, too_many_unusable]
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
@@ -131,6 +136,9 @@ def test_defective_data(
         (["--max-length", "200"], "--max-length 200: the encoder has 128 positions"),
         (["--resume"], "--resume: name the run to go on with, as --output-dir"),
         (["--split", "test"], "--split: goes with --evaluate only"),
+        (["--step-size", "0.5"], "--step-size: has no effect with --ascent-steps 0; add --ascent-steps 1"),
+        (["--noise-std", "0.5"], "--noise-std: has no effect with --start towards_uniform; add --start noise"),
+        (["--encoder", "~nobody-of-this-name/x"], "--encoder ~nobody-of-this-name/x: no such folder"),
         (["--init-from", "no/such/run"], "--init-from no/such/run: no such folder"),
         (["--unheard-of"], "unrecognized arguments: --unheard-of (see --help)"),
     ],
@@ -152,6 +160,45 @@ def test_encoder_folders_without_a_checkpoint(tmp_path: Path, refused: Callable[
     assert "model_type: expected 'bert', got 'gpt2'" in refused("--encoder", tmp_path)
     shutil.copy(encoder / "config.json", tmp_path)
     assert "the checkpoint has no tokenizer" in refused("--encoder", tmp_path)
+
+
+@pytest.mark.parametrize("what", ["file", "dangling link"])
+def test_no_place_for_the_runs(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], encoder: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if what == "file":
+        Path("runs").write_text("years of work")
+    else:
+        Path("runs").symlink_to("nowhere/x")
+    assert main(["--encoder", str(encoder), "--tasks", "sst", "--train-limit", "8", "--dev-limit", "8"]) == 3
+    assert "error: runs: cannot be written (File exists)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a whole number in the environment, got 'two'; torchrun sets it"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set: start with torchrun, or unset it"),
+    ],
+)
+def test_half_of_what_torchrun_sets(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert message in refused("--tasks", "sst")
+
+
+def test_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(given: object) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+
+    monkeypatch.setattr("minbert.cli.train_run", full)
+    assert main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Tried to allocate 2.00 GiB" in line
+    assert "a smaller --batch-size with --grad-accum gives the same updates" in line
 
 
 def test_folders_that_hold_something_are_left_alone(tmp_path: Path, refused: Callable[..., str], encoder: Path) -> None:

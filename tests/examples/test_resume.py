@@ -1,10 +1,8 @@
 """A run that was killed, at any moment, ends with the very weights of one that was not."""
 
-import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +13,12 @@ from fault_tools import assert_same_end
 
 from minbert.checkpoint import latest
 from minbert.cli import main
+from minbert.distributed import Place, random_states, set_random_state
 from minbert.files import UNFINISHED
+from minbert.run_folder import settings_to_resume
+from minbert.settings import Settings
 
-# Runs the example, but sends itself SIGKILL at a chosen moment, so that "in the middle of saving" is where it says.
+# Runs the example, but sends itself a signal at a chosen moment, so that "in the middle of saving" is where it says.
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {examples!r})
@@ -29,7 +30,7 @@ def die_after(module, name, calls, before=lambda *a: None):
         count[0] += 1
         if count[0] == calls:
             before(*arguments)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGTERM if moment == "asked" else signal.SIGKILL)
         return original(*arguments, **options)
     setattr(module, name, wrapped)
 
@@ -38,13 +39,13 @@ def half_a_file(tensors, path):
         file.write(b"x" * 1000)
 
 moment, calls = sys.argv[1], int(sys.argv[2])
-if moment == "step":
+if moment in ("step", "asked"):
     die_after(train.Trainer, "_train_step", calls)
 elif moment == "writing":
     die_after(checkpoint, "save_file", calls, half_a_file)
 elif moment == "renamed":
     die_after(checkpoint, "_remove", calls)
-cli.main(sys.argv[3:])
+sys.exit(cli.main(sys.argv[3:]))
 """
 FLAGS = ["--tasks", "sst,sts", "--train-limit", "24", "--dev-limit", "10", "--batch-size", "8"]
 FLAGS += ["--epochs", "3", "--save-every", "2", "--inner-steps", "2"]
@@ -71,11 +72,11 @@ def uninterrupted(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def start(encoder: Path, folder: Path, script: Path, *moment: object) -> int:
-    """Runs the script that kills itself; returns its exit code."""
+def start(encoder: Path, folder: Path, script: Path, *moment: object) -> "subprocess.CompletedProcess[str]":
+    """Runs the script that kills itself."""
     script.write_text(KILLED.format(examples=str(ROOT / "examples")))
     arguments = [*moment, "--encoder", encoder, "--output-dir", folder, *FLAGS]
-    return subprocess.run(command(*arguments, file=script), **run_options()).returncode  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(command(*arguments, file=script), **run_options())  # type: ignore[call-overload,no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_killed_and_resumed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     folder = tmp_path / "run"
-    assert start(encoder, folder, tmp_path / "killed.py", moment, calls) == -signal.SIGKILL
+    assert start(encoder, folder, tmp_path / "killed.py", moment, calls).returncode == -signal.SIGKILL
     assert not (folder / "metrics.json").exists()
     saved = latest(folder)
     assert (None if saved is None else int(saved.name.removeprefix("step-"))) == left
@@ -105,26 +106,41 @@ def test_killed_and_resumed(
     assert len(list((folder / "checkpoints").iterdir())) == 1
 
 
+def test_a_run_goes_on_where_it_was_and_with_the_dev_data_it_had(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(SAMPLE, data)
+    flags = ["--data-dir", str(data), "--device", "cpu"]
+    script = tmp_path / "killed.py"
+    assert start(encoder, folder, script, "step", 10, *flags).returncode == -signal.SIGKILL
+    assert settings_to_resume(folder, {}, Settings()).device == "cpu"
+    file = data / "sts-dev.csv"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines[:5]), encoding="utf-8")
+    assert main(["--output-dir", str(folder), "--resume"]) == 2
+    assert f"--resume {folder}: the dev data is not what the run began with" in capsys.readouterr().err
+    assert main(["--evaluate", str(folder), "--data-dir", str(SAMPLE)]) == 0
+    assert f"note: {folder} is not complete; these are its weights at step-00000008" in capsys.readouterr().err
+    arguments = ["--evaluate", str(folder), "--data-dir", str(SAMPLE), "--output-dir", str(folder)]
+    assert main(arguments) == 2
+    assert "holds a run; name another folder for the predictions" in capsys.readouterr().err
+
+
+def test_a_random_state_of_another_kind_of_device_is_told_of() -> None:
+    place = Place(torch.device("cpu"))
+    (own,) = random_states(place)
+    assert set_random_state(place, own)
+    assert not set_random_state(place, torch.cat([own, own[:16]]))  # as a GPU's run leaves it
+
+
 def test_sigterm_saves_and_leaves(encoder: Path, uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    options = run_options()
-    for name in ("capture_output", "timeout", "check"):
-        options.pop(name)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    line = command("--encoder", encoder, "--output-dir", folder, *FLAGS)
-    process = subprocess.Popen(line, **pipes, **options)  # type: ignore[call-overload]
-    try:
-        deadline = time.monotonic() + 120
-        while latest(folder) is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGTERM)
-        _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 143
-    assert "stopped by SIGTERM after step" in err
-    assert "--resume goes on from there" in err
-    assert "Traceback" not in err
+    ended = start(encoder, folder, tmp_path / "asked.py", "asked", 10)
+    assert ended.returncode == 143, ended
+    assert "stopped by SIGTERM after step 10" in ended.stderr
+    assert "--resume goes on from there" in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert main(["--output-dir", str(folder), "--resume"]) == 0  # the run knows its own settings
     assert_same_end(folder, uninterrupted, epochs=3)
 

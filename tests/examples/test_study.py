@@ -97,6 +97,10 @@ def test_a_study_keeps_to_its_flags(finished: list[str], capsys: pytest.CaptureF
         (["--flags", "--colour red"], "--flags: unrecognized arguments: --colour red"),
         (["--flags=--help"], "--flags: --help: run minbert_multitask.py --help instead"),
         (["--reference", "best"], "--reference: expected any of baseline,vanilla"),
+        (
+            ["--configs", "baseline,vanilla", "--reference", "t-smart"],
+            "--reference: expected one of --configs, baseline,vanilla, got 't-smart'",
+        ),
         (["--seeds", "\u00b2"], "--seeds: expected whole numbers separated by commas"),
         (["--resamples", "0"], "--resamples: expected a whole number of at least 1, got 0"),
     ],

@@ -1,6 +1,7 @@
 """A teacher whose average moves in `update()` alone, a model of two minds, and states that no teacher saved."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -55,6 +56,23 @@ def test_any_other_forward_that_writes_to_its_weights_is_an_error() -> None:
     bregman = MomentumBregman(model)
     with pytest.raises(RuntimeError, match=r"forward writes to parameters of the teacher.*update\(\) alone: scale\."):
         bregman(lambda m: m(X), model(X))
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, p: Tensor, q: Tensor) -> Tensor:
+        return self.weight * (p - q).square().mean()
+
+
+def test_a_divergence_with_weights_of_its_own_is_looked_at_in_silence() -> None:
+    model = mlp()
+    bregman = MomentumBregman(model, divergence=Weighted())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's about a tensor with a gradient that becomes a number
+        bregman(lambda m: m(X), model(X)).backward()
 
 
 class TwoMinds(nn.Module):

@@ -2,10 +2,11 @@
 
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from .. import InputError
-from ..cli import Parser
+from ..cli import Parser, exit_code
 from ..files import write_json, write_text
 from . import figures, tables, zero_shot
 from .record import RESULTS, ZERO_SHOT, read
@@ -33,37 +34,36 @@ def build_parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns the exit code."""
-    try:
-        options = build_parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-        results = Path(options.results)
-        if options.command == "run":
-            if options.workers < 1:
-                raise InputError(f"--workers: expected a whole number of at least 1, got {options.workers}")
-            for name in options.stages:
-                complete(name, results, Path(options.data_dir), workers=options.workers, device=options.device)
-        elif options.command == "untrained":
-            results.mkdir(parents=True, exist_ok=True)
-            write_json(results / ZERO_SHOT, zero_shot.measure(Path(options.data_dir)))
-        elif options.command == "status":
-            show(results)
-        else:
-            folder = Path(options.output_dir)
-            text = tables.make(results)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "tables.md", text)
-            for file in (folder / "tables.md", *figures.make(results, folder)):
-                print(file)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as `head` does; nothing is left to say at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    """Runs a command and returns the exit code, as those of a run."""
+
+    def work() -> int:
+        try:
+            obey(build_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has seen enough, as `head` does; nothing is left to say at exit either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+    return exit_code(work, "the same command goes on")
+
+
+def obey(options: Namespace) -> None:
+    """Does what the command line says."""
+    results = Path(options.results)
+    if options.command == "run":
+        if options.workers < 1:
+            raise InputError(f"--workers: expected a whole number of at least 1, got {options.workers}")
+        for name in options.stages:
+            complete(name, results, Path(options.data_dir), workers=options.workers, device=options.device)
+    elif options.command == "untrained":
+        write_json(results / ZERO_SHOT, zero_shot.measure(Path(options.data_dir)))
+    elif options.command == "status":
+        show(results)
+    else:
+        folder = Path(options.output_dir)
+        write_text(folder / "tables.md", tables.make(results))
+        for file in (folder / "tables.md", *figures.make(results, folder)):
+            print(file)
 
 
 def show(results: Path) -> None:

@@ -43,7 +43,7 @@ def build_parser() -> Parser:
         help="a trial: two configurations, one seed, three steps a run, where other flags do not say otherwise; "
         "shows no result",
     )
-    add("--reference", default="vanilla", metavar="CONFIG", help="what the others are compared with")
+    add("--reference", metavar="CONFIG", help="what the others are compared with (default: vanilla, or else the first)")
     add("--resamples", type=int, metavar="N", help="bootstrap samples (default: 2000)")
     add("--data-dir", metavar="DIR", help="folder in the CS224N layout (default: the sample that comes along)")
     add("--flags", default="", help="passed on to every run, as one string: --flags='--epochs 6 --train-limit 512'")
@@ -71,8 +71,10 @@ def study(options: dict[str, Any]) -> None:
     configs = _names(options["configs"], list(CONFIGS), "--configs")
     modes = _names(options["modes"], ["pretrain", "finetune"], "--modes")
     seeds = _seeds(options["seeds"])
-    _names(options["reference"], list(CONFIGS), "--reference")
-    reference = options["reference"] if options["reference"] in configs else configs[0]
+    reference = options.get("reference", "vanilla" if "vanilla" in configs else configs[0])
+    _names(reference, list(CONFIGS), "--reference")
+    if reference not in configs:
+        raise InputError(f"--reference: expected one of --configs, {','.join(configs)}, got {reference!r}")
     if options["resamples"] < 1:
         raise InputError(f"--resamples: expected a whole number of at least 1, got {options['resamples']}")
     flags = {"all": passed_on((QUICK_FLAGS if quick else "") + options["flags"], "--flags")}

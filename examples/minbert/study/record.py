@@ -29,6 +29,8 @@ them: what it made of an arm stands in the record."""
 SAME = ("code", "torch", "device", "data")
 """What the runs of a stage have in common, or a difference of arms would be one of these."""
 
+HAS = {"name", "arm", "trial", "seed", "choice", "settings", "last", *SAME}
+
 Record = dict[str, Any]
 Array = NDArray[np.float64]
 
@@ -101,9 +103,12 @@ def read(folder: Path) -> list[Record]:
     records: list[Record] = []
     for file in sorted(folder.glob("*.json")):
         try:
-            records.append(json.loads(file.read_text(encoding="utf-8")))
+            record = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{file}: unreadable ({error}); remove it to have the run made again") from None
+        if not isinstance(record, dict) or not record.keys() >= HAS:
+            raise InputError(f"{file}: is not the record of a run; remove it to have the run made again")
+        records.append(record)
     refuse_mixed(records, str(folder))
     return records
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import InputError
 from ..data import Split, read_split
 from ..objective import seed_of
 from ..tasks import TASKS
@@ -37,7 +38,7 @@ def parts(folder: Path, task: str, rows: int | None, seed: int, held_out: int | 
         held_out: rows held out, `HELD_OUT` if None (tests have fewer).
 
     Raises:
-        ValueError: there are not as many.
+        InputError: there are not as many.
     """
     everything = read_split(folder, TASKS[task], "train")
     count = len(everything.examples)
@@ -46,7 +47,7 @@ def parts(folder: Path, task: str, rows: int | None, seed: int, held_out: int | 
     kept, pool = order[:reserved], order[reserved:]
     wanted = len(pool) if rows is None else rows
     if not 0 < wanted <= len(pool):
-        raise ValueError(f"rows: expected 1 to {len(pool)} of {task}, where {reserved} of {count} are kept, got {rows}")
+        raise InputError(f"rows: expected 1 to {len(pool)} of {task}, where {reserved} of {count} are kept, got {rows}")
     drawn = random.Random(seed_of("training", task, seed)).sample(pool, len(pool))[:wanted]  # so that draws are nested
     return Parts(chosen(everything, drawn), read_split(folder, TASKS[task], "dev", DEV), chosen(everything, kept))
 

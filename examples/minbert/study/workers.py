@@ -7,8 +7,9 @@ Two calls at once for the same stage would make the same runs twice, to the same
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..files import write_text
+from ..files import write_text, writing
 from .record import Record, read
 from .stages import STAGES, Stage, check_budget, upcoming
 from .trial import Trial, run
@@ -40,7 +41,8 @@ def complete(
     """
     stage = STAGES[name]
     folder = results / name
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     searched = read(results / stage.settings_from) if stage.settings_from is not None else []
     while trials := upcoming(stage, read(folder), searched):
         make(trials, folder, {"folder": data, "device": device, "encoder": encoder}, workers, name)
@@ -50,10 +52,9 @@ def complete(
 
 def make(trials: Sequence[Trial], folder: Path, options: dict[str, Any], workers: int, note: str) -> None:
     """Makes these runs; each record is written as soon as it is there."""
-    os.environ |= ALONE  # read by the children when they start
     # A forked process would inherit torch's thread pool in whatever state it is.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=alone, max_tasks_per_child=20)
-    with pool:
+    with environment(ALONE), pool:  # read by the children when they start
         running: dict[Future[Record], Trial] = {pool.submit(run, trial, **options): trial for trial in trials}
         try:
             for future in tqdm(as_completed(running), total=len(running), desc=note, unit="run", disable=None):
@@ -64,6 +65,19 @@ def make(trials: Sequence[Trial], folder: Path, options: dict[str, Any], workers
             for worker in active_children():  # what they are at is lost, and may take minutes
                 worker.kill()
             raise
+
+
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Sets variables of the environment for a while."""
+    before = {name: os.environ[name] for name in values if name in os.environ}
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name in values:
+            del os.environ[name]
+        os.environ |= before
 
 
 def alone() -> None:

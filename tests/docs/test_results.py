@@ -90,3 +90,20 @@ def test_a_section_tells_its_seeds(title: str) -> None:
     body = re.split(r"^#+ ", page.split(f"# {title}\n")[1], flags=re.MULTILINE)[0]
     words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
     assert f"{words[seeds_of(SECTIONS[title])]} seeds" in body
+
+
+def test_readme_has_numbers_of_the_tables() -> None:
+    text = " ".join((DOCS.parent / "README.md").read_text("utf-8").replace("−", "-").split())
+    para, weaker, stage = last_epoch("first-para"), last_epoch("weaker-sst"), "first-para"
+    (accuracy, nll, *_), other, drop = para[DEFAULT], para[REFERENCE], para["r-drop"][1]
+    assert f"Quora pairs ({seeds_of(stage)} seeds" in text
+    assert f"from {other[1][0]:.3f} to {nll[0]:.3f}, by {-nll[1]:.3f} [{-nll[3]:.3f}, {-nll[2]:.3f}]" in text
+    assert f"accuracy {accuracy[1]:+.3f} [{accuracy[2]:+.3f}, {accuracy[3]:+.3f}]" in text
+    assert f"by {-drop[1]:.3f} [{-drop[3]:.3f}, {-drop[2]:.3f}]" in text
+    assert f"brings plain fine-tuning to {other[2][0]:.3f}" in text
+    plain, default = weaker[REFERENCE], weaker[DEFAULT]
+    assert f"sentences ({seeds_of('weaker-sst')} seeds) from {plain[1][0]:.3f} to {plain[2][0]:.3f}" in text
+    assert f"the default has {default[1][0]:.3f} without one and {default[2][0]:.3f} with it" in text
+    (_, gap, low, high), *_ = last_epoch("first-sts")["smart"]
+    assert f"STS pairs ({seeds_of('first-sts')} seeds)" in text
+    assert f"costs {-gap:.3f} [{-high:.3f}, {-low:.3f}] of the correlation" in text

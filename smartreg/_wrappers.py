@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def innermost(model: nn.Module) -> nn.Module:
@@ -77,6 +79,18 @@ def _is_optimized(module: nn.Module) -> bool:
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
+def outside_graphs(method: Method) -> Method:
+    """Splits a compiled training step at this method: hooks and replayed passes are not for a graph."""
+
+    @wraps(method)
+    def split(*arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(method)(*arguments, **options)  # type: ignore[no-untyped-call]  # torch: no types
+        return method(*arguments, **options)
+
+    return cast(Method, split)
+
+
 def code_of(function: Any) -> object:
     """The code that a function runs, which a lambda in a loop shares with the one of the step before.
 
@@ -88,7 +102,10 @@ def code_of(function: Any) -> object:
     while isinstance(function, partial):
         function = function.func
     function = getattr(function, "__func__", function)  # of a bound method, which is another object every time too
-    return getattr(function, "__code__", function)
+    if hasattr(function, "__code__") or isinstance(function, nn.Module):
+        return getattr(function, "__code__", function)
+    # An object with `__call__` may be made anew for every batch, hold it, and have no hash.
+    return getattr(type(function).__call__, "__code__", type(function))
 
 
 @contextmanager

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from smartreg._model.held import HeldState
 from smartreg._model.replay import ModuleState, RandomState, devices_of
 from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg._teacher.modes import Distance, check_shapes, in_train_mode, look_at_modes
 from smartreg._teacher.saved import misfit, unsound
 from smartreg._teacher.teacher import Teacher
 from smartreg._typing import typed_as
-from smartreg._wrappers import innermost, noting_calls
+from smartreg._wrappers import innermost, noting_calls, outside_graphs
 from smartreg.divergences import Divergence, name_of, resolve_divergence
 
 Forward = Callable[[nn.Module], Any]
@@ -123,6 +124,7 @@ class MomentumBregman(nn.Module):
         self._teacher.follow()
         return self._teacher.module
 
+    @outside_graphs
     def forward(
         self,
         forward: Forward,
@@ -149,26 +151,14 @@ class MomentumBregman(nn.Module):
             ValueError: The two outputs differ in shape, or the divergence returns no scalar.
             RuntimeError: `forward` never called the teacher, or the model's parameters have changed.
         """
-        if torch.compiler.is_compiling():
-            # A compiled training step is split here: hooks and the pairing of names are not for a graph.
-            eager: Callable[..., Tensor] = torch.compiler.disable(self._penalty)  # type: ignore[no-untyped-call]  # torch: no types
-            return eager(forward, outputs, divergence, output_mask)
-        return self._penalty(forward, outputs, divergence, output_mask)
-
-    if TYPE_CHECKING:
-
-        @typed_as(forward)
-        def __call__(self) -> None: ...  # noqa: D102  # `forward` has the docstring
-
-    def _penalty(
-        self, forward: Forward, outputs: Any, divergence: str | Divergence | None, output_mask: OutputMask
-    ) -> Tensor:
         if not callable(forward):
             raise TypeError(f"forward must be a function of a module, got {type(forward).__name__}")
         compare = self.divergence if divergence is None else resolve_divergence(divergence)
         student = compared_tensors(outputs, self.output_to_logits)
         self._teacher.follow(unshare=True)
-        with torch.no_grad(), self._teacher.lent() as module, noting_calls(module) as called:
+        # The copy has the model's own hooks, and what they have kept of its pass is the user's.
+        kept = HeldState(innermost(self._teacher.module)).replayed({})
+        with torch.no_grad(), self._teacher.lent() as module, noting_calls(module) as called, kept:
             teacher_outputs = forward(module)
         if not called:
             raise RuntimeError(
@@ -180,6 +170,11 @@ class MomentumBregman(nn.Module):
         if self.check_first_call:
             self._look_at_modes(forward, teacher, partial(divergence_of, compare, output_mask=output_mask))
         return divergence_of(compare, student, teacher, output_mask)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self) -> None: ...  # noqa: D102  # `forward` has the docstring
 
     def _look_at_modes(self, forward: Forward, answer: tuple[Tensor, ...], distance: Distance) -> None:
         """Once, and while model and teacher are still equal, so that any difference is one of train and eval mode."""

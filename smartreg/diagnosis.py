@@ -81,7 +81,7 @@ def diagnose(
     one state of the model: held-out data decides, and may prefer an ε outside of it.
 
     It takes its time: for each ε about as long as 24 plain training steps on this batch, and as 4 with
-    `reference_steps=0`. Thirty-two examples or more are worth it; `progress=print` tells how long it will take.
+    `reference_steps=0`. Thirty-five examples or more are worth it; `progress=print` tells how long it will take.
 
     Args:
         model: As in `SmartLoss`.

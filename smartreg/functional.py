@@ -16,7 +16,6 @@ from smartreg._ascent.looks import Looks
 from smartreg._ascent.objective import Graph
 from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings, Start
 from smartreg._ascent.start import Noise, check_generator, refuse_surroundings
-from smartreg._loss_scale import LossScale
 from smartreg._model.replay import RandomState, worth_remembering
 from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg._wrappers import code_of
@@ -149,7 +148,7 @@ def smoothness_penalty(
     outputs = passes.clean() if reference is None else reference
     clean = _FunctionClean(compared_tensors(outputs, output_to_logits), [embeds.detach()], passes.autocast_dtype)
     # With a given reference, rounding could not be told from the dropout masks that the reference was made under.
-    looks = replace(_looks_of(fn), loss_scale=LossScale())
+    looks = replace(_looks_of(fn))  # a copy to switch looks off in; what it remembers is shared
     if reference is not None:
         looks.precision = None
     if reference is not None or not check_first_call:

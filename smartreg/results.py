@@ -56,12 +56,12 @@ class SmartStats:
 
     @property
     def start_divergence(self) -> float:
-        """The divergence at the random starting point, before the first ascent step."""
+        """The divergence at the starting point, before the first ascent step."""
         return float(self._start_divergence)
 
     @property
     def ascent_gain(self) -> float:
-        """The penalty over the start divergence: what the ascent adds to random noise. NaN if both are zero."""
+        """The penalty over the start divergence: what the ascent steps add, 1 without any. NaN if both are zero."""
         penalty, start = self.penalty, self.start_divergence
         return penalty / start if start else (float("nan") if penalty == 0 else float("inf"))
 
@@ -98,7 +98,7 @@ class Diagnosis:
     Attributes:
         epsilons: ε, in the unit of `epsilon_scale`.
         penalty: R_s after the ascent.
-        random_divergence: The same without ascent, for the projected noise: what `steps=0` gives.
+        random_divergence: The same without ascent, for the projected noise: what `steps=0` gives with `start="noise"`.
         ascent_gain: Penalty over random divergence; NaN where both are 0.
         flips: Fraction of predictions that the perturbation changes; None where there is no class to predict.
         direction_cosine: Estimated cosine of the ascent direction with the exact one.

@@ -25,6 +25,7 @@ from smartreg._ascent.start import (
     given_cotangents,
     gradient_start,
     noise_start,
+    zero_start,
 )
 from smartreg._outputs import OutputMask, keep_of
 from smartreg.divergences import Divergence, kind_of
@@ -116,6 +117,8 @@ class Adversary:
         balls = balls_around(clean.embeddings, query.mask, self.settings, query.example_ids)
         start, noise = self.settings.start, query.noise
         given = noise is not None and start != "gradient"  # the start itself; for "gradient" it is u
+        if self.settings.epsilon == 0 and self.settings.steps == 0 and start != "noise":
+            return Position(objective, balls, zero_start(balls))
         if start == "noise" or given or self.settings.epsilon == 0:
             return Position(objective, balls, noise_start(balls, noise, self.generator))
         if noise is None:

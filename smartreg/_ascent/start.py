@@ -83,6 +83,12 @@ def noise_start(balls: Sequence[Ball], noise: Noise, generator: torch.Generator 
     return Start(drawn, [torch.zeros_like(ball.empty()) for ball in balls])
 
 
+def zero_start(balls: Sequence[Ball]) -> Start:
+    """No perturbation, and nothing drawn: all that there is in balls without extent."""
+    zeros = [torch.zeros_like(ball.embeddings, dtype=ball.norm_scale.dtype) for ball in balls]
+    return Start(zeros, [torch.zeros_like(ball.empty()) for ball in balls])
+
+
 def gradient_start(balls: Sequence[Ball], gradients: Sequence[Tensor] | None) -> Start:
     r"""The start on the sphere of radius ε, as far along \(J^\top u\) as the norm allows.
 

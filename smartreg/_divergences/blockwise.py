@@ -9,7 +9,7 @@ d may be shifted by any constant. For u_c = d_c - E_q[d] and the excess r = E_q[
     KL(p || q) + KL(q || p) = E_p[u] - E_q[u] = E_q[u (exp(u) - 1)] / (1 + r),
 
 a sum of terms that are not negative, and accurate however small d is. Blocks with infinite or very different logits
-take the formulas of `_divergence_formulas`, and so do devices other than the CPU, where the host would have to wait
+take the formulas of `formulas`, and so do devices other than the CPU, where the host would have to wait
 for the device before it could look at the numbers of a block.
 """
 

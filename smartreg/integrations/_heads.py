@@ -19,6 +19,12 @@ Masks = Tensor | Sequence[Tensor | None] | None
 _SEQUENCE = ("SequenceClassification", "ImageClassification", "AudioClassification", "VideoClassification")
 _CAUSAL = ("CausalLM", "LMHeadModel")
 _SEQ2SEQ = ("ConditionalGeneration", "MTModel")
+_UNSHIFTED = (
+    *("BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM", "BlenderbotSmallForCausalLM"),
+    *("CpmAntForCausalLM", "MarianForCausalLM", "MBartForCausalLM", "MvpForCausalLM", "PegasusForCausalLM"),
+    *("PLBartForCausalLM", "TrOCRForCausalLM", "WhisperForCausalLM", "XLNetLMHeadModel"),
+)
+"""Called causal, but with a loss in which the logits at a token are those of its own label."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +126,12 @@ def _known(model: nn.Module, labels: object) -> Head | None:
         return Head("multiple choice", "symmetric_kl")
     if ends("QuestionAnswering"):
         return Head("question answering, start and end", "symmetric_kl", start_and_end)
-    if ends("MaskedLM"):
+    if ends("MaskedLM", "WithLMHeadModel"):  # XLM and Flaubert call theirs so
         return Head("masked language modelling", "symmetric_kl", tokens=True)
     if ends(*_SEQ2SEQ) and getattr(config, "is_encoder_decoder", False):
         return Head("sequence to sequence", "symmetric_kl", tokens=True)
     if ends(*_CAUSAL, *_SEQ2SEQ):
-        return Head("causal language modelling", "symmetric_kl", tokens=True, shift=True)
+        return Head("causal language modelling", "symmetric_kl", tokens=True, shift=not ends(*_UNSHIFTED))
     return None
 
 
@@ -174,7 +180,8 @@ def look_up_masks(model: nn.Module, head: Head, inputs: Mapping[str, Any]) -> Ma
     if decoder is None:
         source = token_mask(inputs["labels"]) if head.tokens and "labels" in inputs else mask
         decoder = None if source is None else torch.cat([torch.ones_like(source[:, :1]), source[:, :-1]], dim=1)
-    return [mask, decoder]
+    # Sounds, and embeddings that are given, are not looked up.
+    return [mask, decoder] if "input_ids" in inputs else decoder
 
 
 def look_up_examples(inputs: Mapping[str, Any]) -> Tensor | None:

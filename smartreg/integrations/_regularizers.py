@@ -40,6 +40,9 @@ class Strength:
     def __post_init__(self) -> None:
         for name in ("smart_lambda", "bregman_mu"):
             require_not_negative(name, getattr(self, name))
+        for name in ("smart_every", "smart_warmup_steps"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         if self.smart_every < 1:
             raise ValueError(f"smart_every must be 1 (every step) or more, got {self.smart_every}")
         if self.smart_warmup_steps < 0:

@@ -120,6 +120,7 @@ def smart_loss(
     *,
     mask: Masks = None,
     output_mask: OutputMask = None,
+    example_ids: Masks = None,
 ) -> tuple[Any, Tensor | float]:
     """Run `model`, and what is to be added to its loss.
 
@@ -132,6 +133,7 @@ def smart_loss(
         forward: Runs the model given to it once, as in `lambda m: m(**batch)`.
         mask: (batch, sequence), real tokens; see `SmartLoss`.
         output_mask: Which positions of the output are compared, for outputs of tokens; see `token_mask`.
+        example_ids: For rows that hold several examples; see `SmartLoss`.
 
     Returns:
         The outputs of the clean pass, and the weighted sum of both penalties.
@@ -150,7 +152,7 @@ def smart_loss(
         return forward(model), 0.0
     regularizers.follow(model, found[0].compare)
     step = trainer.global_step
-    outputs, terms = regularizers(model, forward, step, mask=mask, output_mask=output_mask)
+    outputs, terms = regularizers(model, forward, step, mask=mask, output_mask=output_mask, example_ids=example_ids)
     module.log_dict(regularizers.means())
     gain = regularizers.ascent_gain() if step % max(1, trainer.log_every_n_steps) == 0 else None
     if gain is not None:  # to read it waits for the device

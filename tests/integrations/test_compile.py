@@ -238,3 +238,18 @@ def test_a_compiled_teacher_of_a_compiled_student() -> None:
     before = bregman.teacher.head.weight.clone()
     bregman.update()
     torch.testing.assert_close(bregman.teacher.head.weight, 0.99 * before + 0.01 * model.head.weight)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own look
+@BOTH_MODES
+def test_a_compiled_step_with_the_call_inside_is_the_eager_step(memory_efficient: bool) -> None:
+    model, ids = reader(), sentences()
+    smart = SmartLoss(model, memory_efficient=memory_efficient, embedding="embedding", steps=1)
+    bregman = MomentumBregman(model)
+
+    def step(ids: Tensor) -> Tensor:
+        outputs, penalty = smart(lambda m: m(ids))
+        return outputs.square().mean() + penalty + bregman(lambda m: m(ids), outputs)
+
+    expected = step(ids)
+    assert torch.allclose(torch.compile(step, backend="eager")(ids), expected, rtol=1e-5)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -32,7 +33,7 @@ from trainer_tools import (
 )
 
 from smartreg import SmartWarning
-from smartreg.integrations._heads import infer_head
+from smartreg.integrations._heads import Head, infer_head, look_up_masks
 from smartreg.integrations.transformers import (
     SmartSeq2SeqTrainer,
     SmartSeq2SeqTrainingArguments,
@@ -464,6 +465,32 @@ def test_a_class_that_nobody_knows_has_to_be_told(tmp_path: Path) -> None:
         trained(tmp_path, "tokens", Plain(), divergence="symmetric_kl")
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "shift"),
+    [
+        ("FlaubertWithLMHeadModel", "masked language modelling", False),
+        ("XLNetLMHeadModel", "causal language modelling", False),
+        ("BartForCausalLM", "causal language modelling", False),
+        ("GPT2LMHeadModel", "causal language modelling", True),
+    ],
+)
+def test_logits_are_shifted_where_the_loss_of_the_model_shifts_them(name: str, kind: str, shift: bool) -> None:
+    head = infer_head(type(name, (nn.Module,), {})())
+    assert (head.name, head.shift) == (kind, shift)
+
+
+def test_sounds_are_no_look_up() -> None:
+    model = nn.Module()
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    head = Head("sequence to sequence", "symmetric_kl", tokens=True)
+    labels = torch.tensor([[5, 6, -100]])
+    (encoder, decoder) = look_up_masks(model, head, {"input_ids": labels, "attention_mask": labels, "labels": labels})
+    assert encoder is labels
+    found = look_up_masks(model, head, {"input_features": torch.ones(1, 8, 4), "labels": labels})
+    assert torch.equal(found, decoder)
+    assert found.tolist() == [[1, 1, 1]]
+
+
 def test_arguments_without_the_fields_are_an_error(tmp_path: Path) -> None:
     made = arguments(tmp_path, transformers.TrainingArguments)
     with pytest.raises(TypeError, match=r"args must have the fields of SmartArguments, .* got TrainingArguments"):
@@ -472,6 +499,8 @@ def test_arguments_without_the_fields_are_an_error(tmp_path: Path) -> None:
         trainer_of(tmp_path, "one label", smart_every=0)
     with pytest.raises(ValueError, match=r"smart_warmup_steps must be 0 \(none\) or more, got -1"):
         trainer_of(tmp_path, "one label", smart_warmup_steps=-1)
+    with pytest.raises(TypeError, match=r"smart_every must be a whole number, got 1\.5"):
+        trainer_of(tmp_path, "one label", smart_every=1.5)
     with pytest.raises(TypeError, match=r"smart_lambda must be a number, got '0\.3'"):
         trainer_of(tmp_path, "one label", smart_lambda="0.3")
     with pytest.raises(ValueError, match="bregman_mu must be finite and not negative, got -1"):

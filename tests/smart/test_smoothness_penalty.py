@@ -275,3 +275,34 @@ def test_the_ascent_can_run_without_the_autocast_of_its_surroundings() -> None:
         smoothness_penalty(fn, embeds, **options)
     assert without == [True, False, False, True]  # clean, its like without autocast, ascent, perturbed
     assert seen == [True, True, True]
+
+
+class Batch:
+    """An object with a call, as `functools.partial` or a dataclass may stand in for a function; it has no hash."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, embeds: Tensor) -> Tensor:
+        return embeds.flatten(1) @ self.weight
+
+
+def test_a_function_may_be_an_object() -> None:
+    torch.manual_seed(0)
+    embeds, weight = torch.randn(2, 3, 4), torch.randn(12, 2)
+    _, penalty = smartreg.smoothness_penalty(Batch(weight), embeds)
+    assert torch.equal(penalty, smartreg.smoothness_penalty(lambda x: x.flatten(1) @ weight, embeds).penalty)
+
+
+def test_the_loss_scale_is_remembered_from_call_to_call() -> None:
+    torch.manual_seed(0)
+    weight, embeds = 20 * torch.randn(12, 2).half(), (0.05 * torch.randn(2, 3, 4)).half()
+
+    def fn(x: Tensor) -> Tensor:
+        return x.flatten(1) @ weight
+
+    found = [smartreg.smoothness_penalty(fn, embeds).penalty.item() for _ in range(8)]
+    assert found[0] == 0.0  # 4096 times its gradients are beyond float16
+    assert found[-1] > 0.0

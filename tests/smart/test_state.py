@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from smart_models import ALGORITHM_1, CLASSES, FEATURES, VOCABULARY, Sentence, algorithm_1, batch, both_modes
+from smart_models import ALGORITHM_1, CLASSES, FEATURES, VOCABULARY, Sentence, algorithm_1, batch, both_modes, build
 from torch import Tensor, nn
 
 from smartreg import SmartLoss, symmetric_kl
@@ -356,3 +356,30 @@ def test_an_embedding_that_the_model_tells_and_does_not_register_is_perturbed() 
     model = Detached()
     assert not any(module is model.lent[0] for module in model.modules())
     assert SmartLoss(model)(lambda m: m(IDS)).penalty > 0
+
+
+def test_modules_among_the_arguments_are_not_registered() -> None:
+    model = build()
+    head = nn.Linear(3, 3, dtype=torch.float64)
+    smart = SmartLoss(model, embedding="embedding", output_to_logits=head, divergence=Learned())
+    assert list(smart.parameters()) == []
+    assert not any("output_to_logits" in name or "divergence" in name for name in smart.state_dict())
+
+
+class Learned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, p: Tensor, q: Tensor) -> Tensor:
+        return (self.temperature * (p - q)).square().mean()
+
+
+def test_a_ball_without_extent_draws_nothing() -> None:
+    model = build()
+    smart = SmartLoss(model, epsilon=0.0, check_first_call=False)
+    before = torch.get_rng_state()
+    _, penalty = smart(lambda m: m(IDS, torch.ones_like(IDS)))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert penalty == 0.0
+    assert smart.stats.bad_examples == 0

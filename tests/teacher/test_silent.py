@@ -75,6 +75,18 @@ def test_a_divergence_with_weights_of_its_own_is_looked_at_in_silence() -> None:
         bregman(lambda m: m(X), model(X)).backward()
 
 
+def test_what_hooks_keep_of_the_model_stays_the_model_s() -> None:
+    model, kept = mlp(), {}
+    model[0].register_forward_hook(lambda module, inputs, output: kept.update(features=output))
+    bregman = MomentumBregman(model)
+    for _ in range(2):
+        outputs = model(X)
+        features = kept["features"]
+        bregman(lambda m: m(X), outputs)
+        assert kept["features"] is features
+    features.sum().backward()
+
+
 class TwoMinds(nn.Module):
     """Logits in train mode, something else in eval mode."""
 

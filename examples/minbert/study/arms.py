@@ -77,7 +77,7 @@ class Arm:
     average: bool = False
 
 
-STRENGTH = Log(0.1, 30)
+STRENGTH = Log(0.01, 30)
 RADIUS = Log(0.02, 2)
 SMOOTHING = {"label_smoothing": OneOf((0.0, 0.05, 0.1))}
 MBPP = {"mu": Log(0.01, 3), "half_life": Log(0.02, 0.5)}

@@ -13,8 +13,7 @@ IN_SDIST = (
     *("pyproject.toml", ".ci/run", ".github/workflows/tests.yml", "docs/index.md", "smartreg/py.typed"),
     *("examples/minbert_multitask.py", "examples/minbert/sample/README.md", "tests/reference.py"),
 )
-MOST_BYTES = 8_000_000
-"""A megabyte of it are the records of the study, eight thousand bytes a run."""
+MOST_BYTES = 4_000_000
 LEFTOVER = re.compile(r"__pycache__|\.pyc$|(^|/)(runs|site|build|dist|\.git|[^/]*\.egg-info)/")
 CORE = {"torch", "typing-extensions"}
 

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from example_tools import SAMPLE, tiny_encoder
 
 from minbert import InputError
+from minbert.distributed import Place
 from minbert.files import write_json, write_text
+from minbert.progress import hidden
 from minbert.study import arms_cli, figures, stages, tables, workers
 from minbert.study.arms import choice_of
 from minbert.study.record import ZERO_SHOT, code_version, packed, read
@@ -184,6 +187,18 @@ def test_a_mistake_is_one_line(
     assert arms_cli.main([word.format(**places) for word in arguments]) in (2, 3)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line]
     assert line.startswith(f"error: {message.format(**places)}")
+
+
+def test_workers_draw_no_bars_and_leave_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(torch.device("cpu"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    before = dict(os.environ)
+    assert hidden(place) is None
+    with workers.environment(workers.ALONE):
+        assert hidden(place) is True
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+    assert dict(os.environ) == before
 
 
 def test_an_interrupted_stage_does_not_wait_for_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

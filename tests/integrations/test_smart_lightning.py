@@ -30,6 +30,7 @@ from trainer_tools import (
     weights,
 )
 
+from smartreg import SmartLoss
 from smartreg.integrations.lightning import SmartCallback, smart_loss
 
 pytestmark = [
@@ -228,3 +229,28 @@ def test_a_step_without_the_callback_is_an_error(tmp_path: Path) -> None:
         fit(tmp_path, module, batch_of("one label"), [])
     with pytest.raises(ValueError, match="symmetric_kl"):  # a softmax over the one output of a regression
         fit(tmp_path, Module("regression", CASES["regression"].model()), batch_of("regression"), [callback()])
+
+
+class Packed(Module):
+    """Whose rows hold two examples each."""
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        ids = torch.arange(batch["input_ids"].shape[1]).mul(2).div(batch["input_ids"].shape[1], rounding_mode="floor")
+        ids = ids.expand_as(batch["input_ids"])
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        outputs, term = smart_loss(self, self.model, lambda m: m(**inputs), example_ids=ids)
+        return outputs.logits.square().mean() + term
+
+
+def test_rows_that_hold_several_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor | None] = []
+    forward = SmartLoss.forward
+
+    def noted(self: SmartLoss, *arguments: Any, **options: Any) -> Any:
+        seen.append(options["example_ids"])
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(SmartLoss, "forward", noted)
+    fit(tmp_path, Packed("one label", CASES["one label"].model()), batch_of("one label"), [callback()], max_epochs=1)
+    assert seen
+    assert all(ids is not None and ids.unique().tolist() == [0, 1] for ids in seen)

@@ -13,6 +13,7 @@ evaluate.py     metrics and predictions of a split
 report.py       what a run prints, `metrics.json`, the figure
 run_folder.py   the folder of a run: who may work in it, what is in it
 checkpoint.py   how a run survives being killed
+resume.py       what of a run is in a checkpoint, and going on from it
 files.py        reading the files of others, writing its own
 distributed.py  devices and processes
 extras.py       where a method that no setting knows is added to the trainer

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import InputError, checkpoint, distributed, run_folder
+from . import InputError, checkpoint, distributed, resume, run_folder
 from .batching import SentenceTokenizer, TokenSet, tokenize
 from .data import SAMPLE, Split, read_split, split_file
 from .distributed import Place
@@ -77,7 +77,7 @@ def train_in(hold: run_folder.Hold, settings: Settings, place: Place, console: C
     if text := schedule_note(settings.lr_schedule, trainer.total_steps):
         note(console, text)
     if saved is not None:
-        for text in trainer.restore(saved):
+        for text in resume.restore(trainer, saved):
             note(console, text)
         console.print(f"resuming after step {trainer.step} of {trainer.total_steps}", highlight=False)
     elif hold.resume:

@@ -1,4 +1,4 @@
-"""The training loop: steps, epochs, checkpoints, and going on where a stopped run left off."""
+"""The training loop: steps, epochs, and when a checkpoint is due."""
 
 import statistics
 import sys
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import InputError, checkpoint, distributed, run_folder
-from .batching import Step, TokenSet, collate, epoch_steps, fingerprint, micro_batches, share
+from . import distributed, resume, run_folder
+from .batching import Step, TokenSet, collate, epoch_steps, micro_batches, share
 from .distributed import Place
 from .evaluate import evaluate
 from .extras import Extras
@@ -25,10 +25,6 @@ from .tasks import gap
 
 FP16_PATIENCE = 32
 """Losses out of range in a row that a run in fp16 may have; a scaler that began at 2^16 is at 2^-16 by then."""
-REPORTED = {"epoch", "losses", "train", "dev", "gap"}
-"""What a line of the history is read for."""
-RESTORING = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What torch raises, here and there, when it is given a state that is not its own."""
 
 
 class Stopped(Exception):
@@ -216,104 +212,19 @@ class Trainer:
         if self.folder is None:
             return
         self._require_numbers()
-        random_states = distributed.random_states(self.place)
-
-        def write() -> None:
-            state = {
-                "step": self.step,
-                "epoch": self.epoch,
-                "position": self.position,
-                "history": self.history,
-                "before": self.before,
-                "losses": self.ledger.settle(),
-                "epoch_seconds": self.epoch_seconds,
-                "peak_memory": self.memory.peak,
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "teacher": self.objective.bregman.state_dict() if self.objective.bregman is not None else None,
-                "random_states": random_states,
-                "data": fingerprint(self._trained()),
-                "dev_data": fingerprint(self.dev_sets),
-                "threads": torch.get_num_threads(),
-            }
-            checkpoint.save(self.folder, self.step, self.model.state_dict(), state)
-
-        distributed.first_decides(self.place, write)
-
-    def restore(self, folder: Path) -> list[str]:
-        """Goes on from a checkpoint, whose model weights have been loaded already.
-
-        Returns:
-            What the user should know.
-
-        Raises:
-            InputError: it is not the state of this run, or was made on other data or with another number of processes.
-        """
-        state = checkpoint.load_state(folder)
-        try:
-            same_device = self._restore(state)
-        except RESTORING as error:
-            raise InputError(f"{folder}: not the state of this run ({type(error).__name__}: {error})") from None
-        if self.place.first:
-            run_folder.write_history(self.folder, self.history)  # a kill may have come before its last line
-        notes = []
-        if not same_device:
-            notes.append(
-                f"the run was not on {self.place.device.type} before: dropout and noise are drawn anew there, so the "
-                f"weights will not be those of a run that was never stopped"
-            )
-        threads = state.get("threads", torch.get_num_threads())
-        if threads != torch.get_num_threads():
-            notes.append(
-                f"the run had {threads} threads, here are {torch.get_num_threads()}: sums over threads round "
-                f"differently, so the weights will not be bit for bit those of a run that was never stopped; "
-                f"OMP_NUM_THREADS={threads} makes them so"
-            )
-        return notes
-
-    def _restore(self, state: dict[str, Any]) -> bool:
-        """Puts everything back; returns whether the random state was of this kind of device."""
-        if len(state["random_states"]) != self.place.world:
-            raise InputError(
-                f"--resume {self.folder}: the run had {len(state['random_states'])} processes, here are "
-                f"{self.place.world}; a run goes on with the number that it began with"
-            )
-        if state["data"] != fingerprint(self._trained()):
-            raise InputError(f"--resume {self.folder}: the training data is not what the run began with")
-        dev = fingerprint(self.dev_sets)
-        if state.get("dev_data", dev) != dev:
-            raise InputError(f"--resume {self.folder}: the dev data is not what the run began with")
-        counts = [state[name] for name in ("step", "epoch", "position")]
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError(f"step, epoch and position are {counts}")
-        self.step, self.epoch, self.position = counts
-        self.history, self.before = state["history"], state["before"]
-        if not all(line.keys() >= REPORTED for line in self.history) or len(self.history) != self.epoch:
-            raise ValueError("its history is not that of its epochs")
-        self.ledger.restore(state["losses"])
-        self.epoch_seconds = state["epoch_seconds"]
-        self.memory.peak = state["peak_memory"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, moments in self.optimizer.state.items():
-            if not all(value.shape in (parameter.shape, ()) for value in moments.values()):
-                raise ValueError("the optimizer's averages have other shapes than the weights")
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.objective.bregman is not None:
-            self.objective.bregman.load_state_dict(state["teacher"])
-        return distributed.set_random_state(self.place, state["random_states"][self.place.rank])
+        resume.save(self, self.folder)
 
     def _asked_to_stop(self) -> bool:
         return distributed.any_process(self.place, self.stop.requested)
 
     def _steps(self, epoch: int) -> list[Step]:
         settings = self.settings
-        lengths = {name: data.lengths for name, data in self._trained().items()}
+        lengths = {name: data.lengths for name, data in self.trained().items()}
         rows = settings.batch_size * settings.grad_accum
         return epoch_steps(lengths, rows, settings.seed, epoch, settings.interleave)
 
-    def _trained(self) -> dict[str, TokenSet]:
+    def trained(self) -> dict[str, TokenSet]:
+        """The training sets that are trained on."""
         return {name: self.train_sets[name] for name in self.settings.train_tasks}
 
     def _total_steps(self) -> int:

@@ -1,4 +1,4 @@
-"""The figure of the comparison: each arm's gain over `t-vanilla`, with its interval, by size of data."""
+"""The figures of the comparison: each arm's gain over `t-vanilla`, with its interval, by size of data."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from ..report import save_figure
 from ..tasks import TASKS
+from .arms import CAUSES
 from .bootstrap import difference
 from .record import Record, read
 from .stages import STAGES
@@ -14,11 +15,13 @@ from .tables import REFERENCE, complete, matrix, measures, paired
 
 
 def make(results: Path, folder: Path) -> list[Path]:
-    """A figure for each task that has an estimate; returns the files."""
+    """A figure for each task that has an estimate; returns the files. Arms with a fault have a table alone."""
     files = []
     for task in TASKS:
         stages = {
-            name: read(results / name) for name, stage in STAGES.items() if stage.tasks == (task,) and stage.seeds
+            name: read(results / name)
+            for name, stage in STAGES.items()
+            if stage.tasks == (task,) and stage.seeds and not CAUSES.keys() & set(stage.arms)
         }
         found = {name: records for name, records in stages.items() if complete(STAGES[name], records)}
         if found:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Masks = Tensor | Sequence[Tensor | None] | None
+"""A mask for each tensor; a single one without a list; None for a tensor that has none."""
 # Where integers have been looked at on an accelerator: the name of the argument, its device and dtype.
 _looked_at: set[tuple[str, torch.device, torch.dtype]] = set()
 

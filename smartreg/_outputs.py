@@ -8,13 +8,13 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from smartreg._masks import as_booleans, as_sequence
+from smartreg._masks import Masks, as_booleans, as_sequence
 from smartreg.divergences import Divergence, kind_of, name_of
 
 OutputToLogits = Callable[[Any], Tensor | Sequence[Tensor]]
-OutputMask = Tensor | Sequence[Tensor | None] | None
+Forward = Callable[[nn.Module], Any]
 
 _HINT = "pass output_to_logits, a function from the output of `forward` to the tensor (or tensors) to compare"
 
@@ -93,7 +93,7 @@ def divergence_of(
     divergence: Divergence,
     first: tuple[Tensor, ...],
     second: tuple[Tensor, ...],
-    output_mask: OutputMask = None,
+    output_mask: Masks = None,
 ) -> Tensor:
     """The sum of ℓ(first_k, second_k) over the compared tensors k.
 
@@ -127,7 +127,7 @@ def divergence_of(
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 
-def keep_of(output_mask: OutputMask, compared: Sequence[Tensor]) -> list[Tensor | None]:
+def keep_of(output_mask: Masks, compared: Sequence[Tensor]) -> list[Tensor | None]:
     """For each tensor to compare booleans of its leading shape, False where a position is left out; or None.
 
     Args:

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from smartreg._masks import Masks
 from smartreg._model.held import HeldState
 from smartreg._model.replay import ModuleState, RandomState, devices_of
-from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
+from smartreg._outputs import Forward, OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg._teacher.modes import Distance, check_shapes, in_train_mode, look_at_modes
 from smartreg._teacher.saved import misfit, unsound
 from smartreg._teacher.teacher import Teacher
 from smartreg._typing import typed_as
 from smartreg._wrappers import innermost, noting_calls, outside_graphs
 from smartreg.divergences import Divergence, name_of, resolve_divergence
-
-Forward = Callable[[nn.Module], Any]
 
 
 class MomentumBregman(nn.Module):
@@ -131,7 +130,7 @@ class MomentumBregman(nn.Module):
         outputs: Any,
         *,
         divergence: str | Divergence | None = None,
-        output_mask: OutputMask = None,
+        output_mask: Masks = None,
     ) -> Tensor:
         """The penalty D_Breg, without μ.
 

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from smartreg._ascent.adversary import Adversary, Query
 from smartreg._ascent.settings import LARGEST
-from smartreg._ascent.start import Masks, noise_start
+from smartreg._ascent.start import noise_start
 from smartreg._ascent.sweep import Row, Sweep, ratio
 from smartreg._ascent.verdict import FELT, gentle, is_sound, is_useful, recommended_range, wilson
-from smartreg._model.passes import Forward, ModelPasses, check_forward
+from smartreg._masks import Masks
+from smartreg._model.passes import ModelPasses, check_forward
 from smartreg._model.replay import ModuleState, RandomState, devices_of
-from smartreg._outputs import OutputMask
+from smartreg._outputs import Forward
 from smartreg._wrappers import unwrapped
 from smartreg.divergences import Divergence, resolve_divergence
 from smartreg.results import Diagnosis
@@ -39,7 +40,7 @@ def diagnose(
     mask: Masks = None,
     divergence: str | Divergence | None = None,
     epsilons: Sequence[float] | None = None,
-    output_mask: OutputMask = None,
+    output_mask: Masks = None,
     example_ids: Masks = None,
     loss: float | Tensor | None = None,
     reference_steps: int = 10,

@@ -16,8 +16,9 @@ from smartreg._ascent.looks import Looks
 from smartreg._ascent.objective import Graph
 from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings, Start
 from smartreg._ascent.start import Noise, check_generator, refuse_surroundings
+from smartreg._masks import Masks
 from smartreg._model.replay import RandomState, worth_remembering
-from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
+from smartreg._outputs import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg._wrappers import code_of
 from smartreg.divergences import Divergence, resolve_divergence
 from smartreg.results import SmartOutput
@@ -33,7 +34,7 @@ def smoothness_penalty(
     reference: Any = None,
     mask: Tensor | None = None,
     noise: Noise = None,
-    output_mask: OutputMask = None,
+    output_mask: Masks = None,
     example_ids: Tensor | None = None,
     divergence: str | Divergence = "symmetric_kl",
     epsilon: float = 0.15,

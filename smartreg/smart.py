@@ -12,12 +12,13 @@ from smartreg._ascent.adversary import Adversary, Query
 from smartreg._ascent.looks import Looks
 from smartreg._ascent.search import Found
 from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings, Start
-from smartreg._ascent.start import Masks, Noise, check_generator, refuse_surroundings
+from smartreg._ascent.start import Noise, check_generator, refuse_surroundings
+from smartreg._masks import Masks
 from smartreg._model.embedding import EmbeddingTap, input_embeddings
-from smartreg._model.passes import CleanPass, Forward, ModelPasses, check_forward
+from smartreg._model.passes import CleanPass, ModelPasses, check_forward
 from smartreg._model.replay import worth_remembering
 from smartreg._model.stored_gradients import StoredGradients, graph_mark
-from smartreg._outputs import OutputMask, OutputToLogits, check_output_to_logits, divergence_of
+from smartreg._outputs import Forward, OutputToLogits, check_output_to_logits, divergence_of
 from smartreg._typing import typed_as
 from smartreg._wrappers import outside_graphs, unwrapped
 from smartreg.divergences import Divergence, name_of, resolve_divergence
@@ -184,7 +185,7 @@ class SmartLoss(nn.Module):
         mask: Masks = None,
         divergence: str | Divergence | None = None,
         noise: Noise = None,
-        output_mask: OutputMask = None,
+        output_mask: Masks = None,
         example_ids: Masks = None,
     ) -> SmartOutput:
         """Run the model cleanly, search the perturbation, and compare.
@@ -276,7 +277,7 @@ class SmartLoss(nn.Module):
         clean = passes.clean_again(share_lookups=share_lookups)
         return SmartOutput(clean.outputs, stored.attach((*clean.compared, *(clean.shared_lookups or ()))))
 
-    def _record(self, found: Found, penalty: Tensor, clean: CleanPass, output_mask: OutputMask) -> None:
+    def _record(self, found: Found, penalty: Tensor, clean: CleanPass, output_mask: Masks) -> None:
         self._remember_draws = worth_remembering(clean.embeddings)
         penalty = penalty.detach()
         start = penalty if found.start_divergence is None else found.start_divergence
@@ -288,16 +289,8 @@ class SmartLoss(nn.Module):
         if self.generator is not None:
             destination[f"{prefix}generator"] = self.generator.get_state()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: list[str],
-        *lists: list[str],
-    ) -> None:
-        unexpected, _ = lists
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        _metadata, _strict, missing, unexpected, _errors = more
         if self.generator is None:
             unexpected.extend(key for key in state_dict if key == f"{prefix}generator")
         elif f"{prefix}generator" in state_dict:

@@ -17,7 +17,6 @@ from smartreg._ascent.objective import Graph, Objective
 from smartreg._ascent.search import Found, search
 from smartreg._ascent.settings import SmartSettings
 from smartreg._ascent.start import (
-    Masks,
     Noise,
     Start,
     balls_around,
@@ -27,7 +26,8 @@ from smartreg._ascent.start import (
     noise_start,
     zero_start,
 )
-from smartreg._outputs import OutputMask, keep_of
+from smartreg._masks import Masks
+from smartreg._outputs import keep_of
 from smartreg.divergences import Divergence, kind_of
 
 
@@ -69,7 +69,7 @@ class Query(NamedTuple):
     divergence: Divergence
     mask: Masks
     noise: Noise
-    output_mask: OutputMask = None
+    output_mask: Masks = None
     example_ids: Masks = None
 
 

@@ -16,8 +16,8 @@ from smartreg._ascent.search import Found
 from smartreg._ascent.settings import SmartSettings
 from smartreg._ascent.start import warn_if_nothing_to_follow
 from smartreg._loss_scale import LossScale
-from smartreg._masks import reading_waits
-from smartreg._outputs import OutputMask, keep_of
+from smartreg._masks import Masks, reading_waits
+from smartreg._outputs import keep_of
 from smartreg._warnings import warn
 from smartreg.divergences import Divergence
 
@@ -122,7 +122,7 @@ class OutcomeCheck:
         """A perturbation without effect is no news, since something has been said about it."""
         self._said.add("idle")
 
-    def look(self, clean: Sequence[Tensor], found: Found, penalty: Tensor, output_mask: OutputMask) -> None:
+    def look(self, clean: Sequence[Tensor], found: Found, penalty: Tensor, output_mask: Masks) -> None:
         """Warn if no example had a gradient to follow, or the penalty is not finite.
 
         Args:

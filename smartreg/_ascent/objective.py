@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from smartreg._loss_scale import LossScale, scaled
-from smartreg._outputs import OutputMask, divergence_of
+from smartreg._masks import Masks
+from smartreg._outputs import divergence_of
 from smartreg.divergences import Divergence
 
 RunPass = Callable[[Sequence[Tensor]], AbstractContextManager[tuple[Tensor, ...]]]
@@ -38,7 +39,7 @@ class Objective:
     divergence: Divergence
     loss_scale: LossScale
     dtypes: tuple[torch.dtype | None, ...]
-    output_mask: OutputMask = None
+    output_mask: Masks = None
 
     def value(self, outputs: tuple[Tensor, ...]) -> Tensor:
         """ℓ of outputs that a pass has given."""

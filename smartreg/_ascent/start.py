@@ -12,7 +12,7 @@ from torch import Tensor
 from smartreg._ascent.ball import Ball, wide_dtype
 from smartreg._ascent.settings import SmartSettings
 from smartreg._ascent.settings import Start as StartName
-from smartreg._masks import as_booleans, as_sequence
+from smartreg._masks import Masks, as_booleans, as_sequence
 from smartreg._warnings import warn
 from smartreg.divergences import Divergence, Kind, is_builtin
 
@@ -21,7 +21,6 @@ INDEPENDENT = (
     "that it is given, does not detach, and that embedding names the right module"
 )
 
-Masks = Tensor | Sequence[Tensor | None] | None
 Noise = Tensor | Sequence[Tensor] | Callable[[Tensor], Tensor] | None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,8 @@ from typing_extensions import Self
 from smartreg._model.embedding import EmbeddingPass, EmbeddingTap
 from smartreg._model.replay import ModuleState, RandomState, Stilled, backward_hooks, devices_of
 from smartreg._model.wrapper import around_wrapper, through_wrapper
-from smartreg._outputs import OutputToLogits, compared_tensors
+from smartreg._outputs import Forward, OutputToLogits, compared_tensors
 from smartreg._wrappers import code_of, is_compiled, unwrapped, without_ddp
-
-Forward = Callable[[nn.Module], Any]
 
 
 def check_forward(forward: object) -> None:

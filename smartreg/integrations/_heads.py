@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from smartreg import token_mask
+from smartreg._masks import Masks
+from smartreg._outputs import OutputToLogits
 from smartreg.divergences import Divergence, Kind, kind_of, name_of, resolve_divergence
-
-OutputToLogits = Callable[[Any], Any]
-Masks = Tensor | Sequence[Tensor | None] | None
 
 # How the names of transformers' classes with a head end.
 _SEQUENCE = ("SequenceClassification", "ImageClassification", "AudioClassification", "VideoClassification")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from smartreg import MomentumBregman, SmartLoss
 from smartreg._ascent.settings import require_not_negative
+from smartreg._masks import Masks
+from smartreg._outputs import Forward
 from smartreg._wrappers import innermost
-
-Forward = Callable[[nn.Module], Any]
-Masks = Tensor | Sequence[Tensor | None] | None
-OutputMask = Tensor | Sequence[Tensor | None] | None
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ class Regularizers:
         step: int,
         *,
         mask: Masks = None,
-        output_mask: OutputMask = None,
+        output_mask: Masks = None,
         example_ids: Masks = None,
     ) -> tuple[Any, dict[str, Tensor]]:
         """The outputs of the clean pass, and what is to be added to the loss: each penalty times its weight.

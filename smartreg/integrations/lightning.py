@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from smartreg._masks import Masks
+from smartreg._outputs import Forward
 from smartreg.divergences import Divergence
-from smartreg.integrations._regularizers import Forward, Masks, OutputMask, Regularizers, Strength, require
+from smartreg.integrations._regularizers import Regularizers, Strength, require
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -119,7 +121,7 @@ def smart_loss(
     forward: Forward,
     *,
     mask: Masks = None,
-    output_mask: OutputMask = None,
+    output_mask: Masks = None,
     example_ids: Masks = None,
 ) -> tuple[Any, Tensor | float]:
     """Run `model`, and what is to be added to its loss.

@@ -14,20 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smartreg._masks import Masks
+from smartreg._outputs import OutputToLogits
 from smartreg._warnings import warn
 from smartreg.divergences import Divergence
-from smartreg.integrations._heads import Head, Masks, OutputToLogits, infer_head, look_up_examples, look_up_masks
+from smartreg.integrations._heads import Head, infer_head, look_up_examples, look_up_masks
 from smartreg.integrations._regularizers import Regularizers, Strength, require
 from smartreg.integrations._stand_in import StandIn
 
 try:
-    from transformers import (
-        Seq2SeqTrainer,
-        Seq2SeqTrainingArguments,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
     from smartreg.integrations import _checkpoint
 except ImportError as error:

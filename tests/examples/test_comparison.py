@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -187,6 +188,13 @@ def test_a_mistake_is_one_line(
     assert arms_cli.main([word.format(**places) for word in arguments]) in (2, 3)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line]
     assert line.startswith(f"error: {message.format(**places)}")
+
+
+def test_one_worker_makes_any_number_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's pool can wait for ever where it replaces a process after so many tasks, so that one is not asked to."""
+    monkeypatch.setattr(workers, "run", str)  # a run of no time
+    workers.make([SimpleNamespace(name=f"run{i}") for i in range(50)], tmp_path, {}, 1, "estimate")  # type: ignore[misc]
+    assert len(list(tmp_path.iterdir())) == 50
 
 
 def test_workers_draw_no_bars_and_leave_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

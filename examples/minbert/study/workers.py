@@ -53,7 +53,7 @@ def complete(
 def make(trials: Sequence[Trial], folder: Path, options: dict[str, Any], workers: int, note: str) -> None:
     """Makes these runs; each record is written as soon as it is there."""
     # A forked process would inherit torch's thread pool in whatever state it is.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=alone, max_tasks_per_child=20)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=alone)
     with environment(ALONE), pool:  # read by the children when they start
         running: dict[Future[Record], Trial] = {pool.submit(run, trial, **options): trial for trial in trials}
         try:

@@ -58,9 +58,12 @@ def made_up(trial: Trial, gain: float = 0.0) -> dict[str, Any]:
         "last": {"sst": {"dev": dev, "held_out": {**held, "by_row": by_row}}},
         "best": {"sst": {"dev": dev, "held_out": held}},
     }
+    weights = {name: trial.choice.get(name, 0.0) for name in ("lambda_s", "mu")}
+    losses = {"sst": {"task_loss": 0.5, "smoothness": 0.1 * trial.seed}}
     return {
         "name": trial.name, "arm": trial.arm, "trial": trial.number, "seed": trial.seed, "choice": trial.choice,
-        "settings": {"seed": trial.seed, "lr": trial.choice["lr"]}, "code": "abc", "commit": "0123456789ab",
+        "settings": {"seed": trial.seed, "lr": trial.choice["lr"], **weights},
+        "epochs": [{"losses": losses}], "code": "abc", "commit": "0123456789ab",
         "torch": "2", "device": "cpu", "data": f"data of seed {trial.seed}", "steps": 10,
         "cpu_seconds_a_step": 1 + gain, **moments,
     }  # fmt: skip
@@ -290,6 +293,9 @@ def test_tables_of_made_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "adjusted by Holm for 2 comparisons" in text
     assert "| smart | 2 |" in text
     assert "| untrained | 0.2251 |" in text
+    terms = text.split("### sst, terms of the loss in the last epoch")[1].split("###")[0]
+    assert "| t-vanilla | 0.5000 |  |  |" in terms
+    assert "| smart | 0.5000 | 0.03 |  |" in terms  # 0.3 times the mean of 0, 0.1 and 0.2
     assert arms_cli.main(["status", "--results", str(tmp_path)]) == 0
     assert "estimate: 6 done, 0 to do" in capsys.readouterr().out
 

@@ -29,7 +29,7 @@ them: what it made of an arm stands in the record."""
 SAME = ("code", "torch", "device", "data")
 """What the runs of a stage have in common, or a difference of arms would be one of these."""
 
-HAS = {"name", "arm", "trial", "seed", "choice", "settings", "last", *SAME}
+HAS = {"name", "arm", "trial", "seed", "choice", "settings", "epochs", "last", *SAME}
 
 Record = dict[str, Any]
 Array = NDArray[np.float64]

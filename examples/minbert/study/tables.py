@@ -73,13 +73,14 @@ def make(results: Path) -> str:
 
 
 def estimate_tables(name: str, stage: Stage, records: Sequence[Record], zero_shot: dict[str, float]) -> str:
-    """What an estimate shows: differences from `t-vanilla` at the last and at the best epoch, cost, probes."""
+    """What an estimate shows: differences from `t-vanilla` at the last and at the best epoch, cost, terms, probes."""
     by_arm, seeds = paired(stage, records)
     first = by_arm[REFERENCE][0]
     text = [f"## {name}\n", _heading(stage, first, len(seeds), len(by_arm))]
     for task in stage.tasks:
         for moment in ("last", "best"):
             text.append(_table(task, moment, by_arm, zero_shot.get(task)))
+        text.append(_terms(task, by_arm))
     if "probes" in first:
         text.append(_probes(by_arm))
     return "\n".join(text)
@@ -163,6 +164,22 @@ def cost(runs: Sequence[Record], reference: Sequence[Record]) -> float:
     """CPU time of an arm's training over the reference's, the median over seeds of the ratio."""
     times = [[run["cpu_seconds_a_step"] * run["steps"] for run in each] for each in (runs, reference)]
     return float(np.median(np.array(times[0]) / np.array(times[1])))
+
+
+def _terms(task: str, by_arm: dict[str, list[Record]]) -> str:
+    """The loss of the last epoch by its terms, means over seeds: without them a weight says nothing of a strength."""
+    lines = [
+        f"### {task}, terms of the loss in the last epoch\n",
+        "| arm | task loss | λ_s · smoothness | μ · proximal |",
+        "|---" * 4 + "|",
+    ]
+    for arm, runs in by_arm.items():
+        cells = [f"{np.mean([run['epochs'][-1]['losses'][task]['task_loss'] for run in runs]):.4f}"]
+        for term, weight in (("smoothness", "lambda_s"), ("proximal", "mu")):
+            values = [run["settings"][weight] * run["epochs"][-1]["losses"][task].get(term, 0.0) for run in runs]
+            cells.append(f"{np.mean(values):.2g}" if any(values) else "")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _probes(by_arm: dict[str, list[Record]]) -> str:

@@ -2,7 +2,7 @@
 
 from smartreg._outputs import token_mask
 from smartreg._warnings import SmartWarning
-from smartreg.bregman import MomentumBregman, paper_beta
+from smartreg.bregman import MomentumBregman, paper_beta, suggested_beta
 from smartreg.diagnosis import diagnose
 from smartreg.divergences import binary_symmetric_kl, hellinger, jensen_shannon, kl, mse, symmetric_kl
 from smartreg.functional import smoothness_penalty
@@ -26,6 +26,7 @@ __all__ = [
     "mse",
     "paper_beta",
     "smoothness_penalty",
+    "suggested_beta",
     "symmetric_kl",
     "token_mask",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +14,14 @@ from smartreg._model.held import HeldState
 from smartreg._model.replay import ModuleState, RandomState, devices_of
 from smartreg._outputs import Forward, OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg._teacher.modes import Distance, check_shapes, in_train_mode, look_at_modes
+from smartreg._teacher.momentum import checked_beta, paper_beta, suggested_beta
 from smartreg._teacher.saved import misfit, unsound
 from smartreg._teacher.teacher import Teacher
 from smartreg._typing import typed_as
 from smartreg._wrappers import innermost, noting_calls, outside_graphs
 from smartreg.divergences import Divergence, name_of, resolve_divergence
+
+__all__ = ["MomentumBregman", "paper_beta", "suggested_beta"]
 
 
 class MomentumBregman(nn.Module):
@@ -54,6 +56,7 @@ class MomentumBregman(nn.Module):
         model: The model in training, wrapped (`DistributedDataParallel`, `torch.compile`, PEFT) or not. Its parameters
             are paired by name, without the names of wrappers.
         beta: β in [0, 1), or a function of the 0-based index of the update, such as `paper_beta(total_steps)`.
+            A run of a few hundred updates wants less than 0.99: `suggested_beta(total_steps)`.
         divergence: \(\ell_s\), a name or a function of (student, teacher) that returns a scalar.
         teacher: The teacher at the start, with the weights \(\tilde\theta_0\), as a module with the parameters of the
             model. Frozen and set to eval mode, otherwise used as it is. None: a copy of the model. Pass one where a
@@ -108,7 +111,7 @@ class MomentumBregman(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module, got {type(model).__name__}")
         if not callable(beta):
-            _checked_beta(beta)
+            checked_beta(beta)
         check_output_to_logits(output_to_logits)
         if not isinstance(check_first_call, bool):
             raise TypeError(f"check_first_call must be True or False, got {check_first_call!r}")
@@ -198,7 +201,7 @@ class MomentumBregman(nn.Module):
             RuntimeError: The parameters of the model have changed, or it trains one that the teacher shares. The
                 message names them; the teacher has not moved.
         """
-        beta = _checked_beta(self.beta(self.updates) if callable(self.beta) else self.beta)
+        beta = checked_beta(self.beta(self.updates) if callable(self.beta) else self.beta)
         self._teacher.move(beta)
         self.updates += 1
 
@@ -260,50 +263,3 @@ class MomentumBregman(nn.Module):
             return
         self._teacher.restore(averages)
         self.updates = int(updates)
-
-
-def paper_beta(total_steps: int) -> Callable[[int], float]:
-    r"""The paper's momentum: β = 0.99 for the first tenth of the updates, 0.999 after.
-
-    Args:
-        total_steps: The number of calls of `MomentumBregman.update()` in the whole run.
-
-    Returns:
-        A function of the 0-based index of the update, for `MomentumBregman(model, beta=...)`. It can be pickled.
-
-    Raises:
-        TypeError: `total_steps` is no int.
-        ValueError: `total_steps` is less than 1.
-
-    Examples:
-        >>> beta = paper_beta(30)
-        >>> [beta(update) for update in (0, 2, 3, 29)]
-        [0.99, 0.99, 0.999, 0.999]
-
-    Reference:
-        Jiang et al. 2020, SMART, doi 10.18653/v1/2020.acl-main.197, implementation details.
-    """
-    if isinstance(total_steps, bool) or not isinstance(total_steps, Integral):
-        raise TypeError(f"total_steps must be an int, got {total_steps!r}")
-    if total_steps < 1:
-        raise ValueError(f"total_steps must be 1 or more, got {total_steps}")
-    return partial(_paper_beta, total_steps=int(total_steps))
-
-
-def _paper_beta(update: int, total_steps: int) -> float:
-    return 0.99 if 10 * update < total_steps else 0.999
-
-
-def _checked_beta(beta: Any) -> float:
-    """β as a float.
-
-    Raises:
-        TypeError: It is no number.
-        ValueError: It is not in [0, 1).
-    """
-    if isinstance(beta, bool) or not isinstance(beta, Real):
-        raise TypeError(f"beta must be a number in [0, 1), or a function that returns one, got {beta!r}")
-    value = float(beta)
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"beta must be in [0, 1), got {value}; with 1 the teacher would never move")
-    return value

@@ -29,6 +29,7 @@ NAMES = {
     "mse",
     "paper_beta",
     "smoothness_penalty",
+    "suggested_beta",
     "symmetric_kl",
     "token_mask",
 }

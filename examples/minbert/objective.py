@@ -8,12 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from smartreg import MomentumBregman, SmartLoss, paper_beta
+from smartreg import MomentumBregman, SmartLoss, paper_beta, suggested_beta
 from smartreg.results import SmartStats
 
 from .batching import Batch
 from .settings import Settings
 from .tasks import Task, task_loss
+
+BETAS: dict[str, Callable[[int], float | Callable[[int], float]]] = {"paper": paper_beta, "suggested": suggested_beta}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Objective:
         model: what `forward` is to call: the model, compiled or not, under DDP or not.
         plain: the model inside, which the teacher copies.
         settings: the run's settings.
-        total_updates: teacher updates of the whole run (for the paper's schedule of β).
+        total_updates: teacher updates of the whole run (for a β that follows from it).
         task_loss: the loss without regularizers, of (task, outputs, labels).
     """
 
@@ -56,8 +58,8 @@ class Objective:
             self.smart = {start: SmartLoss(model, **{**options, "start": start}) for start in starts}
         if settings.proximal:
             options = settings.library_options("proximal")
-            if options["beta"] == "paper":
-                options["beta"] = paper_beta(total_updates)
+            if options["beta"] in BETAS:
+                options["beta"] = BETAS[options["beta"]](total_updates)
             self.bregman = MomentumBregman(plain, **options)
 
     def __call__(self, batch: Batch, step: int) -> Losses:

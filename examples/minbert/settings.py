@@ -71,9 +71,13 @@ def _row(group: str, term: str | None, default: Any, text: str, bound: Bound | N
     return field(default=default, metadata={"row": Row(group, term, text, bound, **more)})
 
 
+RULES = ("paper", "suggested")
+"""The rules of the library by which β follows from the length of the run."""
+
+
 def beta(text: str) -> float | str:
-    """A number, or "paper"."""
-    return text if text == "paper" else float(text)
+    """A number, or the name of a rule."""
+    return text if text in RULES else float(text)
 
 
 def _listing(entries: dict[str, str]) -> str:
@@ -130,8 +134,9 @@ class Settings:
     max_grad_norm: float = _train(1.0, "gradients are clipped to this norm; 0: not at all", NOT_NEGATIVE)
 
     mu: float = _proximal(1.0, "weight of the momentum Bregman term", NOT_NEGATIVE)
-    beta: float | str = _proximal(0.99, "the teacher's momentum, or 'paper': 0.99, then 0.999",
-                                  Bound(f"{RATE.text}, or 'paper'", RATE.holds), library="beta", read=beta)
+    beta: float | str = _proximal("suggested", "the teacher's momentum; suggested: a half-life of a tenth of the run; "
+                                  "paper: 0.99, then 0.999", Bound(f"{RATE.text}, 'paper' or 'suggested'", RATE.holds),
+                                  library="beta", read=beta)
     inner_steps: int = _proximal(1, "S: the teacher moves every S optimizer steps", whole(1))
     lambda_s: float = _smooth(0.03, "weight of the smoothness term", NOT_NEGATIVE)
     epsilon: float = _smooth(0.15, "radius of the ball", SIZE, library="epsilon")
@@ -165,7 +170,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, row in TABLE.items():
             value = getattr(self, name)
-            if row.bound is not None and value is not None and value != "paper" and not row.bound.holds(value):
+            if row.bound is not None and value is not None and value not in RULES and not row.bound.holds(value):
                 shown = f"{value:g}" if isinstance(value, float) else value
                 raise InputError(f"{flag(name)}: expected {row.bound.text}, got {shown}")
         if self.dtype == "float64" and self.amp != "off":
@@ -232,7 +237,7 @@ def _checked(name: str, value: Any) -> Any:
         value = float(value)  # JSON has one kind of number
     allowed = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
     if allowed and isinstance(value, str) and choices is None and str in kinds and float in kinds:
-        allowed = value == "paper"
+        allowed = value in RULES
     if not allowed or (choices is not None and value not in choices):
         names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
         expected = f"one of {', '.join(map(str, choices))}" if choices is not None else names

@@ -40,8 +40,11 @@ SECTIONS = {
     "Sentiment: SST": "first",
     "Weaker weights, a smaller ball": "weaker-sst",
     "Scores: STS": "first-sts",
+    "Where the failure came from": "causes",
 }
 """The sections of the page that have a table, and the stage that it is of."""
+TERMS = "What the terms weighed"
+"""The section with a table of the terms, which are those of the section before it."""
 SUMMARY = {"paraphrase": "first-para", "sentiment": "weaker-sst", "scores": "first-sts"}
 """The rows of the page's first table, which are of the default weight alone."""
 DEFAULT = f"smart:{Settings.lambda_s}"
@@ -49,6 +52,8 @@ ROWS = []
 for section in re.split(r"^#+ ", (DOCS / "results.md").read_text("utf-8"), flags=re.MULTILINE):
     title, _, body = section.partition("\n")
     ROWS += [(title, cells(line)) for line in body.splitlines() if line.startswith("| `")]
+WEIGHED = [row for title, row in ROWS if title == TERMS]
+ROWS = [(title, row) for title, row in ROWS if title != TERMS]
 
 
 def arm_of(row: list[str]) -> str:
@@ -70,6 +75,16 @@ def test_a_row_is_that_of_the_tables(title: str, row: list[str]) -> None:
     assert [len(cell) for cell in found] == [len(cell) for cell in wanted]
     for own, other in zip(found, wanted, strict=True):
         assert own == pytest.approx(other, abs=0.00056)
+
+
+def test_the_terms_are_those_of_the_tables() -> None:
+    part = tables_of("causes").split("terms of the loss in the last epoch\n")[1].split("\n#")[0]
+    made = {arm: rest for arm, *rest in map(cells, part.splitlines()[3:]) if arm}
+    assert [arm_of(row) for row in WEIGHED] == list(made)
+    for row in WEIGHED:
+        task, *terms = made[arm_of(row)]
+        assert float(row[1]) == pytest.approx(float(task), abs=0.00056)
+        assert [float(cell or 0) for cell in row[2:]] == [float(term or 0) for term in terms]
 
 
 @pytest.mark.parametrize(("task", "stage"), SUMMARY.items())

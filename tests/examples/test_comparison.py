@@ -300,6 +300,16 @@ def test_tables_of_made_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "estimate: 6 done, 0 to do" in capsys.readouterr().out
 
 
+def test_faults_stand_beside_the_arm_that_they_are_faults_in(tmp_path: Path) -> None:
+    stage = replace(ESTIMATE, arms=("t-vanilla", "smart+mbpp", "cause:slow-teacher"))
+    fill(tmp_path, stage, {"smart+mbpp": 0.25})
+    part = tables.estimate_tables("faults", stage, read(tmp_path), {}).split("beside smart+mbpp\n")[1].split("###")[0]
+    (line,) = [line for line in part.splitlines() if line.startswith("| cause:slow-teacher |")]
+    right = [[(np.random.default_rng(s).random(400) < 0.5 + gain).mean() for s in range(3)] for gain in (0.0, 0.25)]
+    assert f"| {np.mean(right[0]) - np.mean(right[1]):+.4f} [-" in line
+    assert "| +0.2500 [+" in line  # of the NLL
+
+
 def test_half_made_stages_are_paired_by_what_all_arms_have(tmp_path: Path) -> None:
     fill(tmp_path, ESTIMATE, {})
     records = [record for record in read(tmp_path) if record["name"] != "smart.0.seed1"]

@@ -125,7 +125,7 @@ def test_defective_data(
         (["--step-size", "1e30"], "--step-size: expected a number from 0 to 1e9, got 1e+30"),
         (["--noise-std", "-1"], "--noise-std: expected a number from 0 to 1e9, got -1"),
         (["--ascent-steps", "-1"], "--ascent-steps: expected a whole number of at least 0, got -1"),
-        (["--beta", "1"], "--beta: expected a number from 0 to below 1, or 'paper', got 1"),
+        (["--beta", "1"], "--beta: expected a number from 0 to below 1, 'paper' or 'suggested', got 1"),
         (["--dropout", "1"], "--dropout: expected a number from 0 to below 1, got 1"),
         (["--amp", "bf16", "--dtype", "float64"], "--amp bf16: expected off with --dtype float64"),
         (["--config", "smart"], "argument --config: invalid choice: 'smart'"),

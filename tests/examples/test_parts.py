@@ -22,7 +22,7 @@ from minbert.evaluate import evaluate
 from minbert.model import MultitaskModel, pair_features
 from minbert.objective import Objective, SeededNoise
 from minbert.optimizer import equation3, make_schedule, schedule_note
-from minbert.settings import Settings, resolve
+from minbert.settings import RULES, Settings, resolve
 from minbert.tasks import TASKS, baseline, log_likelihood, pearson, predict, score, task_loss
 
 CPU = torch.device("cpu")
@@ -372,6 +372,15 @@ def test_the_teacher_moves_every_inner_steps() -> None:
         objective.stepped(step)
         moved.append(round(float((objective.bregman.teacher.heads["sst"][1].weight - before).mean()), 4))
     assert moved == [0, 0, 0.5, 0.5, 0.5, 0.75]
+
+
+def test_beta_may_follow_from_the_length_of_the_run() -> None:
+    net, made = model(), {}
+    for rule in RULES:
+        bregman = Objective(net, net, Settings(config="t-bregman", beta=rule), total_updates=100).bregman
+        assert bregman is not None
+        made[rule] = [bregman.beta(update) if callable(bregman.beta) else bregman.beta for update in (9, 10)]
+    assert made == {"paper": [0.99, 0.999], "suggested": [pytest.approx(0.5**0.1)] * 2}
 
 
 def test_terms_that_are_off_cost_nothing() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from teacher_models import Net, shift
 from torch import nn
 
-from smartreg.bregman import MomentumBregman, paper_beta
+from smartreg.bregman import MomentumBregman, paper_beta, suggested_beta
 
 
 def test_beta_may_be_a_function_of_the_update() -> None:
@@ -75,9 +75,24 @@ def test_paper_beta_switches_at_the_tenth_exactly() -> None:
     torch.testing.assert_close(bregman.teacher.weight.detach().double(), start * 0.99**2 * 0.999**2, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("total_steps", [1, 10, 11, 80, 4000])
+def test_suggested_beta_halves_the_average_in_a_tenth_of_the_run(total_steps: int) -> None:
+    model = Net()
+    bregman = MomentumBregman(model, beta=suggested_beta(total_steps))
+    start = bregman.teacher.head.weight.detach().clone()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    half_life = max(1, total_steps // 10)
+    for _ in range(half_life):
+        bregman.update()
+    share = 0.5 ** (half_life / max(1.0, total_steps / 10))
+    torch.testing.assert_close(bregman.teacher.head.weight.detach(), share * start, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize(
     ("total_steps", "error"), [(0, ValueError), (-1, ValueError), (10.0, TypeError), (True, TypeError)]
 )
-def test_paper_beta_refuses(total_steps: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match="total_steps must be"):
-        paper_beta(total_steps)
+def test_a_beta_by_the_length_refuses(total_steps: Any, error: type[Exception]) -> None:
+    for beta in (paper_beta, suggested_beta):
+        with pytest.raises(error, match="total_steps must be"):
+            beta(total_steps)

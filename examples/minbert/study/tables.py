@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 
 from .. import InputError
 from ..tasks import TASKS
+from .arms import CAUSES
 from .bootstrap import Difference, difference, holm
 from .record import Record, read, read_zero_shot, unpacked
 from .stages import STAGES, Stage, check_budget, on_dev, ranking
 
 REFERENCE = "t-vanilla"
+FAULTLESS = "smart+mbpp"
 LEVEL = 0.05
 TITLE = """# Tables of the comparison
 
@@ -80,6 +82,8 @@ def estimate_tables(name: str, stage: Stage, records: Sequence[Record], zero_sho
     for task in stage.tasks:
         for moment in ("last", "best"):
             text.append(_table(task, moment, by_arm, zero_shot.get(task)))
+        if CAUSES.keys() & by_arm.keys() and FAULTLESS in by_arm:
+            text.append(_faults(task, by_arm))
         text.append(_terms(task, by_arm))
     if "probes" in first:
         text.append(_probes(by_arm))
@@ -153,6 +157,20 @@ def _table(task: str, moment: str, by_arm: dict[str, list[Record]], zero_shot: f
             star = "\\*" if i < 2 and adjusted.get(f"{arm} {i}", 1.0) < LEVEL else ""
             cells.append(f"{own.mean():.4f}" + (_bracket(gaps[arm][i]) + star if arm in gaps else ""))
         lines.append(f"| {arm} | {' | '.join(cells)} | {cost(by_arm[arm], by_arm[REFERENCE]):.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _faults(task: str, by_arm: dict[str, list[Record]]) -> str:
+    """What each fault changes of the arm that it is a fault in; described, not tested."""
+    columns = measures(task)[:3]
+    lines = [
+        f"### {task}, last epoch, beside {FAULTLESS}\n",
+        f"| arm | {' | '.join(column.title for column in columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for arm in (arm for arm in by_arm if arm in CAUSES):
+        pairs = [[matrix(by_arm[each], task, "last", column) for each in (arm, FAULTLESS)] for column in columns]
+        lines.append(f"| {arm} | {' | '.join(_bracket(difference(own, other)).strip(' ()') for own, other in pairs)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -310,6 +310,14 @@ def test_faults_stand_beside_the_arm_that_they_are_faults_in(tmp_path: Path) -> 
     assert "| +0.2500 [+" in line  # of the NLL
 
 
+def test_faulty_arms_have_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty = replace(ESTIMATE, arms=("t-vanilla", "smart+mbpp", "cause:slow-teacher"))
+    for stage in (faulty, ESTIMATE):
+        monkeypatch.setattr(figures, "STAGES", {"stage": stage})
+        fill(tmp_path / "stage", stage, {})
+        assert [file.name for file in figures.make(tmp_path, tmp_path)] == ([] if stage is faulty else ["gain-sst.png"])
+
+
 def test_half_made_stages_are_paired_by_what_all_arms_have(tmp_path: Path) -> None:
     fill(tmp_path, ESTIMATE, {})
     records = [record for record in read(tmp_path) if record["name"] != "smart.0.seed1"]

@@ -300,8 +300,9 @@ def test_every_setting_of_the_regularizers_reaches_the_library() -> None:
     )  # fmt: skip
     net = model()
     # One of the two is not what the library would do anyway; values have no uniform prediction to go towards.
-    for settings, starts in ((Settings(), ("towards_uniform", "gradient")), (other, ("noise",))):
-        objective = Objective(net, net, settings, total_updates=10)
+    cases = ((Settings(), ("towards_uniform", "gradient"), suggested_beta(100)), (other, ("noise",), 0.5))
+    for settings, starts, beta in cases:
+        objective = Objective(net, net, settings, total_updates=100)
         assert objective.bregman is not None
         assert {start: smart.settings.start for start, smart in objective.smart.items()} == {s: s for s in starts}
         smart = objective.smart[settings.start]
@@ -312,7 +313,7 @@ def test_every_setting_of_the_regularizers_reaches_the_library() -> None:
         assert found.dropout == settings.smart_dropout
         assert found.detach_reference == settings.detach_reference
         assert smart.memory_efficient == settings.memory_efficient
-        assert objective.bregman.beta == settings.beta
+        assert objective.bregman.beta == beta
 
 
 @pytest.mark.parametrize("task", TASKS)

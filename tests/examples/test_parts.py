@@ -24,6 +24,7 @@ from minbert.objective import Objective, SeededNoise
 from minbert.optimizer import equation3, make_schedule, schedule_note
 from minbert.settings import RULES, Settings, resolve
 from minbert.tasks import TASKS, baseline, log_likelihood, pearson, predict, score, task_loss
+from smartreg import suggested_beta
 
 CPU = torch.device("cpu")
 TINY = BertConfig(

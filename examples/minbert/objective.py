@@ -8,14 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from smartreg import MomentumBregman, SmartLoss, paper_beta, suggested_beta
+from smartreg import MomentumBregman, SmartLoss
 from smartreg.results import SmartStats
 
 from .batching import Batch
-from .settings import Settings
+from .settings import BETAS, Settings
 from .tasks import Task, task_loss
-
-BETAS: dict[str, Callable[[int], float | Callable[[int], float]]] = {"paper": paper_beta, "suggested": suggested_beta}
 
 
 @dataclass(frozen=True)

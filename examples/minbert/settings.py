@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
+from smartreg import paper_beta, suggested_beta
+
 from . import InputError
 from .tasks import SENTIMENT, parse_tasks
 
@@ -71,13 +73,13 @@ def _row(group: str, term: str | None, default: Any, text: str, bound: Bound | N
     return field(default=default, metadata={"row": Row(group, term, text, bound, **more)})
 
 
-RULES = ("paper", "suggested")
-"""The rules of the library by which β follows from the length of the run."""
+BETAS: dict[str, Callable[[int], float | Callable[[int], float]]] = {"paper": paper_beta, "suggested": suggested_beta}
+"""The rules by which β follows from the number of updates."""
 
 
 def beta(text: str) -> float | str:
     """A number, or the name of a rule."""
-    return text if text in RULES else float(text)
+    return text if text in BETAS else float(text)
 
 
 def _listing(entries: dict[str, str]) -> str:
@@ -170,7 +172,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, row in TABLE.items():
             value = getattr(self, name)
-            if row.bound is not None and value is not None and value not in RULES and not row.bound.holds(value):
+            if row.bound is not None and value is not None and value not in BETAS and not row.bound.holds(value):
                 shown = f"{value:g}" if isinstance(value, float) else value
                 raise InputError(f"{flag(name)}: expected {row.bound.text}, got {shown}")
         if self.dtype == "float64" and self.amp != "off":
@@ -237,7 +239,7 @@ def _checked(name: str, value: Any) -> Any:
         value = float(value)  # JSON has one kind of number
     allowed = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
     if allowed and isinstance(value, str) and choices is None and str in kinds and float in kinds:
-        allowed = value in RULES
+        allowed = value in BETAS
     if not allowed or (choices is not None and value not in choices):
         names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
         expected = f"one of {', '.join(map(str, choices))}" if choices is not None else names

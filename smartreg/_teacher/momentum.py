@@ -32,26 +32,32 @@ def paper_beta(total_steps: int) -> Callable[[int], float]:
     return partial(_paper_beta, total_steps=_checked_steps(total_steps))
 
 
-def suggested_beta(total_steps: int) -> float:
-    r"""A momentum that fits the length of the run: a tenth of it is the half-life of the average.
+def suggested_beta(total_steps: int, half_life: float = 0.1) -> float:
+    r"""A momentum that fits the length of the run: the half-life of the average is a share of it.
 
-    \[ \beta = 2^{-1/\max(1, T/10)} \]
+    \[ \beta = 2^{-1/\max(1, hT)} \]
 
-    where T is the number of updates. After T/10 of them what the average was weighs half of it. With β = 0.99 that
+    where T is the number of updates. After hT of them what the average was weighs half of it. With β = 0.99 that
     takes 69 updates, so that in a run of 80 the teacher stays about where it began.
 
     Args:
         total_steps: T, the number of calls of `MomentumBregman.update()` in the whole run.
+        half_life: h in (0, 1], as a share of the run.
 
     Raises:
-        TypeError: `total_steps` is no int.
-        ValueError: `total_steps` is less than 1.
+        TypeError: `total_steps` is no int, or `half_life` no number.
+        ValueError: `total_steps` is less than 1, or `half_life` not in (0, 1].
 
     Examples:
         >>> round(suggested_beta(80), 3), round(suggested_beta(690), 3)
         (0.917, 0.99)
     """
-    return float(0.5 ** (1 / max(1.0, _checked_steps(total_steps) / 10)))
+    steps = _checked_steps(total_steps)
+    if isinstance(half_life, bool) or not isinstance(half_life, Real):
+        raise TypeError(f"half_life must be a number in (0, 1], got {half_life!r}")
+    if not 0.0 < half_life <= 1.0:
+        raise ValueError(f"half_life must be in (0, 1], a share of the run, got {half_life}")
+    return float(0.5 ** (1 / max(1.0, float(half_life) * steps)))
 
 
 def checked_beta(beta: Any) -> float:

@@ -16,10 +16,11 @@ from minbert.distributed import Place
 from minbert.extras import Extras
 from minbert.model import MultitaskModel, build_model, encoder_config
 from minbert.settings import Settings, resolve
-from minbert.study.arms import ARMS, COMMON, choice_of, extras_of, half_life_beta, settings_of
+from minbert.study.arms import ARMS, COMMON, choice_of, extras_of, settings_of
 from minbert.study.methods import entropy, l2_sp, label_smoothing, neftune, sam
 from minbert.tasks import TASKS, task_loss
 from minbert.train import Trainer
+from smartreg import suggested_beta
 
 SST, PARA, STS = TASKS["sst"], TASKS["para"], TASKS["sts"]
 
@@ -73,7 +74,7 @@ def test_what_follows_from_a_choice() -> None:
     # 5 epochs of 16 steps: a half-life of a tenth is 8 updates.
     assert settings_of("mbpp", choice_of("mbpp", 0), 256).beta == pytest.approx(0.5 ** (1 / 8))
     assert settings_of("cause:slow-teacher", choice_of("cause:slow-teacher", 0), 256).beta == 0.99
-    assert half_life_beta(0.01) == 0.5  # never less than an update
+    assert suggested_beta(1, 0.01) == 0.5  # never less than an update
     assert settings_of("smart", choice_of("smart", 0), 256).epsilon == Settings.epsilon
 
 

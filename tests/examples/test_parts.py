@@ -22,7 +22,7 @@ from minbert.evaluate import evaluate
 from minbert.model import MultitaskModel, pair_features
 from minbert.objective import Objective, SeededNoise
 from minbert.optimizer import equation3, make_schedule, schedule_note
-from minbert.settings import RULES, Settings, resolve
+from minbert.settings import BETAS, Settings, resolve
 from minbert.tasks import TASKS, baseline, log_likelihood, pearson, predict, score, task_loss
 from smartreg import suggested_beta
 
@@ -378,7 +378,7 @@ def test_the_teacher_moves_every_inner_steps() -> None:
 
 def test_beta_may_follow_from_the_length_of_the_run() -> None:
     net, made = model(), {}
-    for rule in RULES:
+    for rule in BETAS:
         bregman = Objective(net, net, Settings(config="t-bregman", beta=rule), total_updates=100).bregman
         assert bregman is not None
         made[rule] = [bregman.beta(update) if callable(bregman.beta) else bregman.beta for update in (9, 10)]

@@ -89,6 +89,20 @@ def test_suggested_beta_halves_the_average_in_a_tenth_of_the_run(total_steps: in
     torch.testing.assert_close(bregman.teacher.head.weight.detach(), share * start, rtol=1e-4, atol=0)
 
 
+def test_suggested_beta_takes_another_half_life_and_no_other_thing() -> None:
+    assert suggested_beta(100, 0.5) == pytest.approx(0.5 ** (1 / 50))
+    assert suggested_beta(100, 1) == pytest.approx(0.5 ** (1 / 100))
+    for wrong, error in (
+        (0, ValueError),
+        (10, ValueError),
+        (float("nan"), ValueError),
+        ("a", TypeError),
+        (True, TypeError),
+    ):
+        with pytest.raises(error, match="half_life must be"):
+            suggested_beta(100, wrong)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("total_steps", "error"), [(0, ValueError), (-1, ValueError), (10.0, TypeError), (True, TypeError)]
 )

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from smartreg import suggested_beta
+
 from ..extras import Extras
 from ..model import MultitaskModel
 from ..objective import seed_of
@@ -184,18 +186,8 @@ def settings_of(name: str, choice: Choice, rows: int, **fixed: Any) -> Settings:
         given |= {key: factor * radius for key, factor in arm.relative.items()}
     if choice.get("half_life") is not None:
         updates = given["epochs"] * math.ceil(rows / given["batch_size"])
-        given["beta"] = half_life_beta(choice["half_life"] * updates)
+        given["beta"] = suggested_beta(updates, choice["half_life"])
     return resolve({"config": arm.config, **given, **fixed})
-
-
-def half_life_beta(updates: float) -> float:
-    """β at which a weight's share in the average has halved after so many updates.
-
-    Example:
-        >>> round(half_life_beta(10) ** 10, 12)
-        0.5
-    """
-    return float(0.5 ** (1 / max(updates, 1.0)))
 
 
 def extras_of(name: str, choice: Choice, model: MultitaskModel) -> Extras:

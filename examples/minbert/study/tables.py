@@ -168,7 +168,7 @@ def _faults(task: str, by_arm: dict[str, list[Record]]) -> str:
         f"| arm | {' | '.join(column.title for column in columns)} |",
         "|---" * (len(columns) + 1) + "|",
     ]
-    for arm in (arm for arm in by_arm if arm in CAUSES):
+    for arm in [arm for arm in by_arm if arm in CAUSES]:
         pairs = [[matrix(by_arm[each], task, "last", column) for each in (arm, FAULTLESS)] for column in columns]
         lines.append(f"| {arm} | {' | '.join(_bracket(difference(own, other)).strip(' ()') for own, other in pairs)} |")
     return "\n".join(lines) + "\n"

@@ -18,6 +18,7 @@ import torch
 from example_tools import SAMPLE, tiny_encoder
 
 from minbert import InputError
+from minbert.data import read_split
 from minbert.distributed import Place
 from minbert.files import write_json, write_text
 from minbert.progress import hidden
@@ -27,6 +28,7 @@ from minbert.study.record import ZERO_SHOT, code_version, packed, read
 from minbert.study.split import parts
 from minbert.study.stages import Rung, Stage, check_budget, ranking, upcoming
 from minbert.study.trial import Trial, run
+from minbert.tasks import TASKS
 
 ESTIMATE = Stage(("sst",), 16, ("t-vanilla", "smart"), seeds=3, held_out=60)
 SEARCH = Stage(("sst",), 16, ("t-vanilla", "smart"), rungs=(Rung(4, 1), Rung(2, 3)), held_out=60)
@@ -316,6 +318,22 @@ def test_faulty_arms_have_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(figures, "STAGES", {"stage": stage})
         fill(tmp_path / "stage", stage, {})
         assert [file.name for file in figures.make(tmp_path, tmp_path)] == ([] if stage is faulty else ["gain-sst.png"])
+
+
+def test_two_runs_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = read_split(SAMPLE, TASKS["sst"], "dev", 40).examples
+    for name, shift in (("right", 0), ("wrong", 1)):
+        lines = [f"{row.id},{(int(row.label) + shift) % 5}" for row in rows]
+        (tmp_path / name / "predictions").mkdir(parents=True)
+        file = tmp_path / name / "predictions" / "sst-dev-output.csv"
+        file.write_text("\n".join(["id,Predicted_Sentiment", *lines]) + "\n", "utf-8")
+        settings = {"data_dir": None, "dev_limit": 40}
+        write_json(tmp_path / name / "metrics.json", {"tasks": ["sst"], "settings": settings})
+    runs = [str(tmp_path / name) for name in ("right", "wrong")]
+    assert arms_cli.main(["pair", *runs]) == 0
+    assert capsys.readouterr().out == "sst accuracy: 1.0000 and 0.0000, +1.0000 [+1.0000, +1.0000]\n"
+    assert arms_cli.main(["pair", runs[0], str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'}")
 
 
 def test_half_made_stages_are_paired_by_what_all_arms_have(tmp_path: Path) -> None:

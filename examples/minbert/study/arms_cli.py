@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import InputError
 from ..cli import Parser, exit_code
 from ..files import write_json, write_text
-from . import figures, tables, zero_shot
+from . import figures, pair, tables, zero_shot
 from .record import RESULTS, ZERO_SHOT, read
 from .stages import STAGES
 from .workers import complete, remaining
@@ -28,6 +28,9 @@ def build_parser() -> Parser:
     status = commands.add_parser("status", help="how many runs of each stage are done")
     report = commands.add_parser("report", help="tables and figures of the records")
     report.add_argument("--output-dir", default="docs/study", metavar="DIR", help="default: docs/study")
+    two = commands.add_parser("pair", help="two runs of minbert_multitask.py: the difference on dev, with its interval")
+    two.add_argument("run", metavar="RUN_DIR")
+    two.add_argument("other", metavar="OTHER_DIR")
     for command in (run, untrained, status, report):
         command.add_argument("--results", default=str(RESULTS), metavar="DIR", help="folder of the records")
     return parser
@@ -49,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def obey(options: Namespace) -> None:
     """Does what the command line says."""
+    if options.command == "pair":
+        print("\n".join(pair.lines(Path(options.run), Path(options.other))))
+        return
     results = Path(options.results)
     if options.command == "run":
         if options.workers < 1:

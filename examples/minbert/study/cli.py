@@ -10,12 +10,11 @@ from tqdm import tqdm
 
 from .. import InputError
 from ..cli import Parser, exit_code
-from ..data import SAMPLE, Example, read_split
-from ..evaluate import read_predictions
 from ..files import UNFINISHED, read_json, write_json, write_text, writing
 from ..run_folder import LOCK, locked
 from ..settings import CONFIGS
 from ..tasks import TASKS
+from .pair import dev_rows, predictions
 from .runs import Run, command, execute, passed_on, plan, result
 from .statistics import Array, compare
 from .summary import Summary, accuracy_by_epoch, bars, markdown
@@ -114,7 +113,7 @@ def report(folder: Path, results: dict[Run, dict[str, Any]], reference: str, res
     summary: Summary = {mode: {config: {} for config in configs} for mode in modes}
     for mode in modes:
         for task in tasks:
-            rows = _rows(results[next(run for run in runs if run.mode == mode)], task)
+            rows = dev_rows(results[next(run for run in runs if run.mode == mode)], task)
             labels = np.array([row.label for row in rows], dtype=np.float64)
             ids = [row.id for row in rows]
             counts[task] = len(ids)
@@ -147,21 +146,7 @@ def report(folder: Path, results: dict[Run, dict[str, Any]], reference: str, res
 
 def _predictions(folder: Path, mode: str, config: str, seeds: list[int], task: str, ids: list[str]) -> Array:
     """Dev predictions of all seeds, (seeds, n)."""
-    values = []
-    for seed in seeds:
-        file = folder / "runs" / Run(mode, config, seed).name / "predictions" / f"{task}-dev-output.csv"
-        pairs = read_predictions(file)
-        if [row for row, _ in pairs] != ids:
-            raise InputError(f"{file}: its rows are not those of the dev data; remove its run's folder to make it anew")
-        values.append([value for _, value in pairs])
-    return np.array(values)
-
-
-def _rows(metrics: dict[str, Any], task: str) -> list[Example]:
-    """The dev rows that a run was measured on."""
-    settings = metrics["settings"]
-    data = Path(settings["data_dir"]) if settings["data_dir"] is not None else SAMPLE
-    return read_split(data, TASKS[task], "dev", settings["dev_limit"]).examples
+    return np.array([predictions(folder / "runs" / Run(mode, config, seed).name, task, ids) for seed in seeds])
 
 
 def _remember(folder: Path, setup: dict[str, Any]) -> None:

@@ -323,10 +323,10 @@ def test_faulty_arms_have_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_two_runs_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = read_split(SAMPLE, TASKS["sst"], "dev", 40).examples
     for name, shift in (("right", 0), ("wrong", 1)):
-        lines = [f"{row.id},{(int(row.label) + shift) % 5}" for row in rows]
+        lines = [f"{row.id} , {(int(row.label) + shift) % 5}" for row in rows]
         (tmp_path / name / "predictions").mkdir(parents=True)
         file = tmp_path / name / "predictions" / "sst-dev-output.csv"
-        file.write_text("\n".join(["id,Predicted_Sentiment", *lines]) + "\n", "utf-8")
+        file.write_text("\n".join(["id \t Predicted_Sentiment", *lines]) + "\n", "utf-8")
         settings = {"data_dir": None, "dev_limit": 40}
         write_json(tmp_path / name / "metrics.json", {"tasks": ["sst"], "settings": settings})
     runs = [str(tmp_path / name) for name in ("right", "wrong")]

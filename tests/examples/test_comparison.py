@@ -27,7 +27,7 @@ from minbert.study.arms import choice_of
 from minbert.study.record import ZERO_SHOT, code_version, packed, read
 from minbert.study.split import parts
 from minbert.study.stages import Rung, Stage, check_budget, ranking, upcoming
-from minbert.study.trial import Trial, run
+from minbert.study.trial import Trial, Watch, run
 from minbert.tasks import TASKS
 
 ESTIMATE = Stage(("sst",), 16, ("t-vanilla", "smart"), seeds=3, held_out=60)
@@ -122,6 +122,23 @@ def test_a_run_leaves_numbers_and_no_text(tmp_path: Path) -> None:
     assert not any(pair in text for pair in pairs)
     assert not any(row.id in text for row in rows)
     assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("better", [1, -1])
+def test_the_best_epoch_is_measured_with_its_own_weights(
+    better: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dev getting better all the time, and worse: best is the last epoch then, and the first."""
+    encoder = tiny_encoder(tmp_path / "encoder", layers=1, size=8)
+    choice = choice_of("t-vanilla", 0) | {"epochs": 3, "lr": 0.03, "head_lr": 0.03}
+    monkeypatch.setattr(Watch, "_quality", lambda watch, epoch: better * (epoch % len(watch.epochs)))
+    trial = Trial("t-vanilla", 0, choice, 0, ("sst",), 16, judged=True, held_out=60)
+    record = run(trial, SAMPLE, encoder=str(encoder))
+    assert record["best_epoch"] == (3 if better > 0 else 1)
+    assert record["best"]["sst"]["dev"] == record["dev"][record["best_epoch"] - 1]["sst"]
+    last = record["last"]["sst"]["held_out"]
+    same = record["best"]["sst"]["held_out"] == {key: value for key, value in last.items() if key != "by_row"}
+    assert same == (better > 0)
 
 
 def test_a_run_that_comes_apart_is_recorded(tmp_path: Path) -> None:

@@ -130,6 +130,8 @@ ARMS |= {
     f"smart:{weight}": replace(ARMS["smart"], choice=ALONE | {"lambda_s": float(weight)})
     for weight in (0.03, 0.1, 3, 30)
 }
+# R-Drop's first weight turned out to weigh little: its term was a thousandth of the loss on paraphrase.
+ARMS["r-drop:5"] = replace(ARMS["r-drop"], choice=ARMS["r-drop"].choice | {"lambda_s": 5.0})
 ARMS["smart-small-ball"] = replace(ARMS["smart"], choice=ALONE | {"epsilon": 0.05})
 
 _ALONE = ("plain", "t-vanilla", "longer", "ema", "mbpp")  # t-vanilla with the term is mbpp

@@ -7,7 +7,7 @@ one setting an arm, the default or what a search has chosen, on the rows held ou
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .. import InputError
@@ -69,10 +69,17 @@ FEW = ("plain", "t-vanilla", "ema", "r-drop", "smart", "smart+mbpp")
 # One seed of a trial had shown that the default weight is as large as the task loss where outputs are scores.
 FIRST_PAIRS = ("t-vanilla", "smart", "smart:0.1", "smart:0.03", "r-drop")
 WEAKER = ("t-vanilla", "smart:0.1", "smart:0.03", "smart-small-ball")
+# The methods that had not run, when a search of all was out of reach.
+OTHERS = ("t-vanilla", "plain", "ema", "neftune", "l2-sp", "sam", "random-smoothing", "r-drop:5")
+SIZES = ("t-vanilla", "smart:0.03", "r-drop:5")
 
 STAGES: dict[str, Stage] = {"first": Stage(("sst",), 256, FIRST, seeds=8)}
 STAGES |= {f"first-{_task}": Stage((_task,), 256, FIRST_PAIRS, seeds=8) for _task in ("sts", "para")}
 STAGES["weaker-sst"] = Stage(("sst",), 256, WEAKER, seeds=8)
+STAGES["others-sst"] = Stage(("sst",), 256, OTHERS, seeds=5)
+for _size in (64, 1024):
+    STAGES |= {f"size-{_task}-{_size}": Stage((_task,), _size, SIZES, seeds=5) for _task in ("sst", "para")}
+STAGES["size-sst-1024"] = replace(STAGES["size-sst-1024"], probed=True)
 for _task, _arms in (("sst", SEARCHED), ("para", FEW), ("sts", FEW)):
     _search = f"search-{_task}-256"
     STAGES[_search] = Stage((_task,), 256, _arms, rungs=HALVING)

@@ -151,8 +151,11 @@ def run(trial: Trial, folder: Path, *, device: str = "cpu", encoder: str | None 
     if trial.probed:
         record["probes"] = perturbed.probes(final, found, tokenizer, folder, place)
     if trial.judged:
-        final.load_state_dict(watch.best_weights)
-        record["best"] = _judged(final, watch.best_outputs, sets, place, judged=True, by_row=False)
+        if watch.best == len(watch.epochs) - 1:
+            record["best"] = _without_rows(record["last"])
+        else:
+            final.load_state_dict(watch.best_weights)
+            record["best"] = _judged(final, watch.best_outputs, sets, place, judged=True, by_row=False)
     record["seconds"] = round(time.perf_counter() - wall, 1)
     return record
 
@@ -181,6 +184,15 @@ def _judged(
         if by_row:
             result[name]["held_out"]["by_row"] = {key: packed(values) for key, values in rows.items()}
     return result
+
+
+def _without_rows(judged: Record) -> Record:
+    """What `_judged` would say of the same model without `by_row`."""
+    held = {
+        name: {key: value for key, value in each["held_out"].items() if key != "by_row"}
+        for name, each in judged.items()
+    }
+    return {name: each | {"held_out": held[name]} for name, each in judged.items()}
 
 
 def _comparable(settings: Settings) -> dict[str, Any]:

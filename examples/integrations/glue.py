@@ -39,7 +39,6 @@ def main() -> None:
         report_to="none",
         smart_lambda=0.03,
         bregman_mu=1.0,
-        bregman_beta=0.99,
     )
     trainer = SmartTrainer(  # was Trainer
         model=model,

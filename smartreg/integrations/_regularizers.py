@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from smartreg import MomentumBregman, SmartLoss
+from smartreg import MomentumBregman, SmartLoss, suggested_beta
 from smartreg._ascent.settings import require_not_negative
 from smartreg._masks import Masks
 from smartreg._outputs import Forward
@@ -69,7 +70,7 @@ class Regularizers:
     Args:
         strength: The weights.
         smart_options: Arguments of `SmartLoss`, without the model.
-        bregman_options: Arguments of `MomentumBregman`, without the model.
+        bregman_options: Arguments of `MomentumBregman`, without the model. β is by the length of the run if not there.
 
     Attributes:
         smart: None until the first step, and where λ_s is 0.
@@ -99,6 +100,7 @@ class Regularizers:
         model: nn.Module,
         options: Mapping[str, Any],
         *,
+        total_steps: Callable[[], float],
         embedding: nn.Module | None = None,
         teacher: Callable[[], nn.Module] | None = None,
     ) -> None:
@@ -109,6 +111,7 @@ class Regularizers:
         Args:
             model: As the framework hands it over, wrapped or not.
             options: Arguments of both, such as the divergence; those given to the constructor win.
+            total_steps: Of the optimizer in the whole run; asked for where β follows from it.
             embedding: Where the model does not tell it.
             teacher: Makes one where a plain copy would copy too much.
         """
@@ -117,8 +120,10 @@ class Regularizers:
                 self.smart.remove()
             self.smart = SmartLoss(model, **{"embedding": embedding, **options, **self._smart_options})
         if self.strength.bregman_mu and (self.bregman is None or self._taught is not innermost(model)):
-            start = None if teacher is None else teacher()
-            self.bregman = MomentumBregman(model, **{"teacher": start, **options, **self._bregman_options})
+            given = {"teacher": None if teacher is None else teacher(), **options, **self._bregman_options}
+            if "beta" not in given:
+                given["beta"] = _beta_by_length(total_steps())
+            self.bregman = MomentumBregman(model, **given)
             self._taught = innermost(model)
         if self._pending is not None:
             state, self._pending = self._pending, None
@@ -196,6 +201,15 @@ class Regularizers:
         penalty = penalty.detach()
         self._sums[name] = self._sums[name] + penalty if name in self._sums else penalty
         self._counts[name] = self._counts.get(name, 0) + 1
+
+
+def _beta_by_length(total_steps: float) -> float:
+    if not 0 < total_steps < math.inf:
+        raise ValueError(
+            "the momentum of the teacher follows from the number of optimizer steps, which is not known of this run: "
+            "pass bregman_options={'beta': 0.99}, or another"
+        )
+    return suggested_beta(int(total_steps))
 
 
 def require(framework: str, extra: str, error: ImportError) -> ImportError:

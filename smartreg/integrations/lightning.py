@@ -36,7 +36,8 @@ class SmartCallback(Callback):
         divergence: ℓ_s of both terms.
         output_to_logits: From what `forward` returns to what is compared, see `SmartLoss`.
         smart_options: Further arguments of `SmartLoss`.
-        bregman_options: Further arguments of `MomentumBregman`, such as `beta`.
+        bregman_options: Further arguments of `MomentumBregman`, such as `beta`, whose half-life is a tenth of the run
+            if it is not there.
 
     Raises:
         ValueError: A weight or a number of steps is out of range.
@@ -152,7 +153,7 @@ def smart_loss(
     regularizers = found[0].regularizers
     if not regularizers.strength:
         return forward(model), 0.0
-    regularizers.follow(model, found[0].compare)
+    regularizers.follow(model, found[0].compare, total_steps=lambda: trainer.estimated_stepping_batches)
     step = trainer.global_step
     outputs, terms = regularizers(model, forward, step, mask=mask, output_mask=output_mask, example_ids=example_ids)
     module.log_dict(regularizers.means())

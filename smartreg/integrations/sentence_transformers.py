@@ -46,7 +46,8 @@ class SmartLossModifier(nn.Module):
         divergence: In place of `"mse"`, and of what belongs to the scores of a CrossEncoder: `"binary_symmetric_kl"`
             for one label, `"symmetric_kl"` for several.
         smart_options: Further arguments of `SmartLoss`.
-        bregman_options: Further arguments of `MomentumBregman`, such as `beta`.
+        bregman_options: Further arguments of `MomentumBregman`, such as `beta`, whose half-life is a tenth of the run
+            if it is not there.
 
     Attributes:
         callback: For the trainer's `callbacks`.
@@ -93,7 +94,13 @@ class SmartLossModifier(nn.Module):
             raise RuntimeError("the teacher would never move: give the trainer callbacks=[loss.callback]")
         inner = innermost(self.model)
         embedding = None if "embedding" in self._smart_options else _embedding(inner)
-        self.regularizers.follow(self.model, self._options, embedding=embedding, teacher=lambda: _copy_of(inner))
+        self.regularizers.follow(
+            self.model,
+            self._options,
+            total_steps=lambda: self.callback.total_steps,
+            embedding=embedding,
+            teacher=lambda: _copy_of(inner),
+        )
         masks: list[Tensor | None] = []  # filled by the clean pass, and read after it
 
         def run(model: nn.Module) -> tuple[Any, tuple[Tensor, ...]]:
@@ -132,11 +139,11 @@ class SmartCallback(TrainerCallback):
     def __init__(self, regularizers: Regularizers) -> None:
         self.regularizers = regularizers
         self.attached = False
-        self.step = 0
+        self.step = self.total_steps = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The teacher starts anew, or from the checkpoint that the trainer resumes from."""
-        self.attached, self.step = True, state.global_step
+        self.attached, self.step, self.total_steps = True, state.global_step, state.max_steps
         self.regularizers.restart()
         if state.global_step:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

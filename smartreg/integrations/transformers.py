@@ -39,7 +39,9 @@ class SmartArguments:
 
     smart_lambda: float = field(default=0.03, metadata={"help": "Weight of the smoothness penalty; 0 leaves it out."})
     bregman_mu: float = field(default=0.0, metadata={"help": "Weight of the proximal term; 0 leaves it out."})
-    bregman_beta: float = field(default=0.99, metadata={"help": "Momentum of the teacher, in [0, 1)."})
+    bregman_beta: float | None = field(
+        default=None, metadata={"help": "Momentum of the teacher; None: its half-life is a tenth of the run."}
+    )
     smart_epsilon: float | None = field(
         default=None, metadata={"help": "Radius of the ball around the embeddings; None: SmartLoss's own."}
     )
@@ -118,10 +120,11 @@ class SmartTrainerMixin(_Parent):
         self._head: Head | None = None
         self._counts: bool | None = None  # whether the task loss is divided by num_items_in_batch; None: not yet seen
         radius = {} if fields.smart_epsilon is None else {"epsilon": fields.smart_epsilon}
+        momentum = {} if fields.bregman_beta is None else {"beta": fields.bregman_beta}
         self.regularizers = Regularizers(
             Strength(fields.smart_lambda, fields.bregman_mu, fields.smart_every, fields.smart_warmup_steps),
             {"memory_efficient": fields.smart_memory_efficient, **radius, **(smart_options or {})},
-            {"beta": fields.bregman_beta, **(bregman_options or {})},
+            {**momentum, **(bregman_options or {})},
         )
         self.add_callback(_MoveTeacher(self))
 
@@ -182,7 +185,7 @@ class SmartTrainerMixin(_Parent):
         if self._head is None:
             self._head = self.smart_head(self.model, batch)
             _log.info("SMART compares %s", self._head)
-        self.regularizers.follow(model, self._head.options)
+        self.regularizers.follow(model, self._head.options, total_steps=lambda: self.state.max_steps)
         output_mask = self._head.output_mask(batch)
         masks = self.smart_masks(self.model, batch)
         totals: list[Tensor | float] = []

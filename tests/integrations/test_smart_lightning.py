@@ -30,7 +30,7 @@ from trainer_tools import (
     weights,
 )
 
-from smartreg import SmartLoss
+from smartreg import SmartLoss, suggested_beta
 from smartreg.integrations.lightning import SmartCallback, smart_loss
 
 pytestmark = [
@@ -221,6 +221,25 @@ def test_what_the_callback_cannot_regularize_is_refused() -> None:
     sharded = SimpleNamespace(world_size=2, strategy=type("DeepSpeedStrategy", (), {})())
     with pytest.raises(RuntimeError, match="not been made to work with DeepSpeedStrategy: use DDP"):
         callback().setup(sharded, lightning.LightningModule(), "fit")
+
+
+def test_the_teacher_has_the_momentum_of_the_run(tmp_path: Path) -> None:
+    one = callback(bregman_options={})
+    fit(tmp_path, Module("one label", CASES["one label"].model()), batch_of("one label"), [one], size=4, max_epochs=15)
+    assert one.regularizers.bregman.updates == 30
+    assert one.regularizers.bregman.beta == suggested_beta(30)
+
+
+def test_a_run_without_a_length_wants_a_momentum(tmp_path: Path) -> None:
+    endless = {"max_epochs": -1, "max_time": {"seconds": 1}}
+    with pytest.raises(ValueError, match="number of optimizer steps, which is not known of this run"):
+        fit(
+            tmp_path,
+            Module("one label", CASES["one label"].model()),
+            batch_of("one label"),
+            [callback(bregman_options={})],
+            **endless,
+        )
 
 
 def test_a_step_without_the_callback_is_an_error(tmp_path: Path) -> None:

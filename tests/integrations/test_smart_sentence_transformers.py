@@ -23,6 +23,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import Tensor, nn
 from trainer_tools import SEARCH, arguments, averages, farthest, weights
 
+from smartreg import suggested_beta
 from smartreg.integrations.sentence_transformers import SmartLossModifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
@@ -222,6 +223,14 @@ def test_a_model_without_a_transformer_inside_has_to_be_told(tmp_path: Path) -> 
     model = sentence_transformers.SentenceTransformer(modules=[static], device="cpu").double()
     with pytest.raises(ValueError, match="has no transformer inside whose embedding could be perturbed: pass"):
         trained(tmp_path, model, Cosine(model), data())
+
+
+def test_the_teacher_has_the_momentum_of_the_run(tmp_path: Path) -> None:
+    model = encoder(tmp_path / "encoder")
+    loss = SmartLossModifier(model, Cosine(model), **ON | {"bregman_options": {}})
+    trainer_of(tmp_path / "run", loss, max_steps=30).train()
+    assert loss.regularizers.bregman.updates == 30
+    assert loss.regularizers.bregman.beta == suggested_beta(30)
 
 
 def test_a_trainer_without_the_callback_is_an_error(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from trainer_tools import (
     weights,
 )
 
-from smartreg import SmartWarning
+from smartreg import SmartWarning, suggested_beta
 from smartreg.integrations._heads import Head, infer_head, look_up_masks
 from smartreg.integrations.transformers import (
     SmartSeq2SeqTrainer,
@@ -579,6 +579,13 @@ def test_options_reach_both_regularizers(tmp_path: Path) -> None:
     smart, bregman = trainer.regularizers.smart, trainer.regularizers.bregman
     assert (smart.settings.epsilon, smart.settings.norm, smart.memory_efficient) == (0.01, "2", True)
     assert bregman.beta == 0.25
+
+
+@pytest.mark.parametrize("beta", [None, 0.75])
+def test_the_teacher_has_the_momentum_of_the_run_unless_one_is_given(tmp_path: Path, beta: float | None) -> None:
+    trainer = trained(tmp_path, "one label", bregman_beta=beta, max_steps=30)
+    assert trainer.regularizers.bregman.updates == 30
+    assert trainer.regularizers.bregman.beta == (suggested_beta(30) if beta is None else beta)
 
 
 def test_adapters(tmp_path: Path) -> None:

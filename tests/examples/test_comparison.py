@@ -337,6 +337,26 @@ def test_faulty_arms_have_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert [file.name for file in figures.make(tmp_path, tmp_path)] == ([] if stage is faulty else ["gain-sst.png"])
 
 
+def test_gains_by_size_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arms of the sizes alone, from each stage that has them and no search's settings, smallest first."""
+    large = replace(ESTIMATE, arms=stages.SIZES, rows=32)
+    small = replace(ESTIMATE, arms=("t-vanilla", "smart", "smart:0.03"))
+    table = {"large": large, "small": small, "of a search": replace(CHOSEN, arms=small.arms)}
+    monkeypatch.setattr(figures, "STAGES", table)
+    fill(tmp_path / "large", large, {"smart:0.03": 0.25})
+    fill(tmp_path / "small", small, {"smart:0.03": 0.125})
+    fill(tmp_path / "of a search", small, {})
+    found = figures.by_size("sst", {name: read(tmp_path / name) for name in table})
+    assert {arm: [gain.rows for gain in gains] for arm, gains in found.items()} == {
+        "smart:0.03": [16, 32],
+        "r-drop:5": [32],
+    }
+    assert [gain.gaps[1].mean for gain in found["smart:0.03"]] == pytest.approx([-0.125, -0.25], abs=2e-3)
+    assert [file.name for file in figures.make(tmp_path, tmp_path)] == ["gain-sst.png", "gain-by-size.png"]
+    monkeypatch.setattr(figures, "STAGES", {"small": small})  # one size is no picture of sizes
+    assert [file.name for file in figures.make(tmp_path, tmp_path)] == ["gain-sst.png"]
+
+
 def test_two_runs_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = read_split(SAMPLE, TASKS["sst"], "dev", 40).examples
     for name, shift in (("right", 0), ("wrong", 1)):

@@ -1,6 +1,7 @@
-"""The figures of the comparison: each arm's gain over `t-vanilla`, with its interval, by size of data."""
+"""The figures of the comparison: each arm's gain over `t-vanilla` with its interval, by arm and by size of data."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -8,15 +9,19 @@ from matplotlib.figure import Figure
 from ..report import save_figure
 from ..tasks import TASKS
 from .arms import CAUSES
-from .bootstrap import difference
+from .bootstrap import Difference, difference
 from .record import Record, read
-from .stages import STAGES
+from .stages import SIZES, STAGES
 from .tables import REFERENCE, complete, matrix, measures, paired
 
 
 def make(results: Path, folder: Path) -> list[Path]:
-    """A figure for each task that has an estimate; returns the files. Arms with a fault have a table alone."""
+    """A figure for each task that has an estimate, and one by size of data; returns the files.
+
+    Arms with a fault have a table alone.
+    """
     files = []
+    sized: dict[str, dict[str, list[Gain]]] = {}
     for task in TASKS:
         stages = {
             name: read(results / name)
@@ -24,10 +29,66 @@ def make(results: Path, folder: Path) -> list[Path]:
             if stage.tasks == (task,) and stage.seeds and not CAUSES.keys() & set(stage.arms)
         }
         found = {name: records for name, records in stages.items() if complete(STAGES[name], records)}
+        sized[task] = by_size(task, found)
+        found = {name: records for name, records in found.items() if STAGES[name].arms != SIZES}
         if found:
             files.append(folder / f"gain-{task}.png")
             gains(task, found, files[-1])
+    sized = {task: found for task, found in sized.items() if any(len(points) > 1 for points in found.values())}
+    if sized:
+        files.append(folder / "gain-by-size.png")
+        sizes(sized, files[-1])
     return files
+
+
+class Gain(NamedTuple):
+    """Of an arm over the reference: training rows, and the differences in the two measures that claims are made of."""
+
+    rows: int
+    gaps: tuple[Difference, Difference]
+
+
+def by_size(task: str, stages: dict[str, list[Record]]) -> dict[str, list[Gain]]:
+    """What the arms of `SIZES` gain, from each stage of a known size with settings of no search; the smallest first."""
+    points: dict[str, list[Gain]] = {arm: [] for arm in SIZES if arm != REFERENCE}
+    for name, records in stages.items():
+        rows = STAGES[name].rows
+        if rows is None or STAGES[name].settings_from is not None:
+            continue
+        by_arm, _ = paired(STAGES[name], records)
+        for arm in points.keys() & by_arm.keys():
+            pairs = [[matrix(by_arm[each], task, "last", m) for each in (arm, REFERENCE)] for m in measures(task)[:2]]
+            points[arm].append(Gain(rows, (difference(*pairs[0]), difference(*pairs[1]))))
+    return {arm: sorted(found, key=lambda gain: gain.rows) for arm, found in points.items() if found}
+
+
+def sizes(found: dict[str, dict[str, list[Gain]]], file: Path) -> None:
+    """A column for each task, a panel for each measure: differences and their intervals over the training rows."""
+    figure = Figure(figsize=(4.8, 4.8), layout="constrained")  # as wide as a telephone's page
+    panels = figure.subplots(2, len(found), sharex=True, squeeze=False)
+    for column, (task, arms) in enumerate(found.items()):
+        ticks = sorted({gain.rows for points in arms.values() for gain in points})
+        for row, measure in enumerate(measures(task)[:2]):
+            panel = panels[row][column]
+            for number, (arm, points) in enumerate(arms.items()):
+                places = [gain.rows * 1.08**number for gain in points]  # beside each other
+                gaps = [gain.gaps[row] for gain in points]
+                colour = ("#1b6ca8", "#d1495b")[number % 2]
+                panel.vlines(places, [gap.low for gap in gaps], [gap.high for gap in gaps], color=colour)
+                panel.plot(
+                    places, [gap.mean for gap in gaps], "o-", color=colour, markersize=4, linewidth=0.8, label=arm
+                )
+            panel.axhline(0, color="black", linewidth=0.8)
+            panel.set_xscale("log")
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.minorticks_off()
+            panel.set_title(f"{task}: {measure.title}", fontsize=9)
+            panel.grid(axis="y", alpha=0.3)
+        panels[-1][column].set_xlabel("training rows")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
+    for row in panels:
+        row[0].set_ylabel(f"difference from {REFERENCE}", fontsize=8)
+    save_figure(figure, file)
 
 
 def gains(task: str, stages: dict[str, list[Record]], file: Path) -> None:

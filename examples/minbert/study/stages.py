@@ -28,6 +28,7 @@ class Rung(NamedTuple):
 
 
 HALVING = (Rung(12, 1), Rung(4, 3))
+SHORT = (Rung(8, 1), Rung(2, 3))
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ WEAKER = ("t-vanilla", "smart:0.1", "smart:0.03", "smart-small-ball")
 # The methods that had not run, when a search of all was out of reach.
 OTHERS = ("t-vanilla", "plain", "ema", "neftune", "l2-sp", "sam", "random-smoothing", "r-drop:5")
 SIZES = ("t-vanilla", "smart:0.03", "r-drop:5")
+TUNED = ("t-vanilla", "smart:0.03", "r-drop")
 
 STAGES: dict[str, Stage] = {"first": Stage(("sst",), 256, FIRST, seeds=8)}
 STAGES |= {f"first-{_task}": Stage((_task,), 256, FIRST_PAIRS, seeds=8) for _task in ("sts", "para")}
@@ -80,6 +82,8 @@ STAGES["others-sst"] = Stage(("sst",), 256, OTHERS, seeds=5)
 for _size in (64, 1024):
     STAGES |= {f"size-{_task}-{_size}": Stage((_task,), _size, SIZES, seeds=5) for _task in ("sst", "para")}
 STAGES["size-sst-1024"] = replace(STAGES["size-sst-1024"], probed=True)
+STAGES["short-search-sst"] = Stage(("sst",), 256, TUNED, rungs=SHORT)
+STAGES["tuned-sst"] = Stage(("sst",), 256, TUNED, seeds=8, settings_from="short-search-sst")
 for _task, _arms in (("sst", SEARCHED), ("para", FEW), ("sts", FEW)):
     _search = f"search-{_task}-256"
     STAGES[_search] = Stage((_task,), 256, _arms, rungs=HALVING)

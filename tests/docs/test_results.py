@@ -117,6 +117,9 @@ def test_readme_has_numbers_of_the_tables() -> None:
     assert f"by {-drop[1]:.3f} [{-drop[3]:.3f}, {-drop[2]:.3f}]" in text
     assert f"brings plain fine-tuning to {other[2][0]:.3f}" in text
     plain, default = weaker[REFERENCE], weaker[DEFAULT]
+    (accuracy, nll, *_) = default
+    assert f"from {plain[1][0]:.3f} to {nll[0]:.3f}, by {-nll[1]:.3f} [{-nll[3]:.3f}, {-nll[2]:.3f}]" in text
+    assert f"accuracy {accuracy[1]:+.3f} [{accuracy[2]:+.3f}, {accuracy[3]:+.3f}]. R-Drop" in text
     assert f"sentences ({seeds_of('weaker-sst')} seeds) from {plain[1][0]:.3f} to {plain[2][0]:.3f}" in text
     assert f"the default has {default[1][0]:.3f} without one and {default[2][0]:.3f} with it" in text
     (_, gap, low, high), *_ = last_epoch("first-sts")["smart"]

@@ -91,6 +91,9 @@ class ModelPasses:
         self._shared_dropout = shared_dropout
         self._inner = without_ddp(model)
         self._module = unwrapped(model)
+        # The clean pass would take the first process's buffers over, and the replays begin before it.
+        if isinstance(model, DistributedDataParallel) and model._check_sync_bufs_pre_fwd():  # type: ignore[no-untyped-call]
+            model._sync_buffers()  # type: ignore[no-untyped-call]
         self._state = ModuleState(self._module)
         self._random = RandomState(
             devices_of(self._module), self._state.held.generators, remember_draws=remember_draws and shared_dropout

@@ -18,11 +18,11 @@ def save(regularizers: Regularizers, folder: str | Path, process: int, *, main: 
         process: The index of this process: generators differ.
         main: Whether this process writes what all share.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)  # the process that saves the model may not be there yet
     state = {key: value.contiguous() for key, value in regularizers.state_dict().items()}
     for file, prefix, mine in zip(_files(folder, process), ("bregman.", "smart."), (main, True), strict=True):
         part = {key: value for key, value in state.items() if key.startswith(prefix)}
         if part and mine:
+            Path(folder).mkdir(parents=True, exist_ok=True)  # the process that saves the model may not be there yet
             save_file(part, file)
 
 

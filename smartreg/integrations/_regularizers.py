@@ -1,4 +1,4 @@
-"""Both regularizers of one training run: built when first used, anew for another model, saved and loaded as one."""
+"""Both regularizers of one training run: built when first used, saved and loaded as one."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Regularizers:
         self.smart: SmartLoss | None = None
         self.bregman: MomentumBregman | None = None
         self._smart_options, self._bregman_options = dict(smart_options), dict(bregman_options)
-        self._taught: nn.Module | None = None
+        self._model: nn.Module | None = None
         self._pending: dict[str, Tensor] | None = None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -93,7 +93,8 @@ class Regularizers:
         """Let the next step build both anew, from the weights that the model has then."""
         if self.smart is not None:
             self.smart.remove()
-        self.smart = self.bregman = self._taught = self._pending = None
+        self.smart = self.bregman = self._model = self._pending = None
+        self._sums, self._counts = {}, {}
 
     def follow(
         self,
@@ -108,6 +109,9 @@ class Regularizers:
 
         The search depends on what wraps the model, the teacher on the model inside: a new wrapper keeps the teacher.
 
+        Raises:
+            RuntimeError: It is another model than before, whose teacher would be lost.
+
         Args:
             model: As the framework hands it over, wrapped or not.
             options: Arguments of both, such as the divergence; those given to the constructor win.
@@ -115,16 +119,22 @@ class Regularizers:
             embedding: Where the model does not tell it.
             teacher: Makes one where a plain copy would copy too much.
         """
+        if self._model not in (None, innermost(model)):
+            raise RuntimeError(
+                f"one run regularizes one model, got {type(innermost(model)).__name__} after "
+                f"{type(self._model).__name__}: regularize the module that holds both, or use SmartLoss and "
+                f"MomentumBregman for each"
+            )
+        self._model = innermost(model)
         if self.strength.smart_lambda and (self.smart is None or self.smart.model is not model):
             if self.smart is not None:
                 self.smart.remove()
             self.smart = SmartLoss(model, **{"embedding": embedding, **options, **self._smart_options})
-        if self.strength.bregman_mu and (self.bregman is None or self._taught is not innermost(model)):
+        if self.strength.bregman_mu and self.bregman is None:
             given = {"teacher": None if teacher is None else teacher(), **options, **self._bregman_options}
             if "beta" not in given:
                 given["beta"] = _beta_by_length(total_steps())
             self.bregman = MomentumBregman(model, **given)
-            self._taught = innermost(model)
         if self._pending is not None:
             state, self._pending = self._pending, None
             for prefix, part in self._parts().items():
@@ -181,6 +191,8 @@ class Regularizers:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Teacher, counters and generator as one flat mapping of tensors."""
+        if self._pending is not None:  # loaded, and no step since
+            return dict(self._pending)
         return {f"{prefix}{key}": v for prefix, part in self._parts().items() for key, v in part.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -62,6 +62,8 @@ class SmartCallback(Callback):
         self.compare = {"divergence": divergence, "output_to_logits": output_to_logits}
         self._handles: list[RemovableHandle] = []
         self._stepped = False
+        self.step: int | None = None
+        """Batches after which an optimizer has stepped; None between two calls of `fit`."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before a checkpoint is read: the teacher of an earlier `fit` is none of this one."""
@@ -75,16 +77,20 @@ class SmartCallback(Callback):
         if type(trainer.strategy).__name__ == "DeepSpeedStrategy":
             raise RuntimeError("SMART has not been made to work with DeepSpeedStrategy: use DDP")
         self.regularizers.restart()
+        self.step = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An optimizer says itself whether it has stepped, which `global_step` does not where a scaler skipped it."""
         self._stepped = False
+        if self.step is None:
+            self.step = trainer.global_step  # a checkpoint of a run without this callback
         self._handles = [optimizer.register_step_post_hook(self._note_step) for optimizer in trainer.optimizers]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Runs before the checkpoint callbacks, which Lightning puts last."""
         if self._stepped:
             self._stepped = False
+            self.step = (self.step or 0) + 1
             self.regularizers.update()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -95,11 +101,14 @@ class SmartCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Teacher, counters and generator."""
-        return self.regularizers.state_dict()
+        return {**self.regularizers.state_dict(), "step": torch.tensor(self.step or 0)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Taken over at the next batch."""
-        self.regularizers.load_state_dict(state_dict)
+        state = dict(state_dict)
+        step = state.pop("step", None)
+        self.step = None if step is None else int(step)
+        self.regularizers.load_state_dict(state)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on without the teacher."""
@@ -154,7 +163,7 @@ def smart_loss(
     if not regularizers.strength:
         return forward(model), 0.0
     regularizers.follow(model, found[0].compare, total_steps=lambda: trainer.estimated_stepping_batches)
-    step = trainer.global_step
+    step = found[0].step or 0
     outputs, terms = regularizers(model, forward, step, mask=mask, output_mask=output_mask, example_ids=example_ids)
     module.log_dict(regularizers.means())
     gain = regularizers.ascent_gain() if step % max(1, trainer.log_every_n_steps) == 0 else None

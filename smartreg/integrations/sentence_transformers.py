@@ -91,7 +91,9 @@ class SmartLossModifier(nn.Module):
         if not (self.regularizers.strength and self.model.training and torch.is_grad_enabled()):
             return self.loss(columns, labels)
         if not self.callback.attached:
-            raise RuntimeError("the teacher would never move: give the trainer callbacks=[loss.callback]")
+            raise RuntimeError(
+                "nothing would count steps or move a teacher: give the trainer callbacks=[loss.callback]"
+            )
         inner = innermost(self.model)
         embedding = None if "embedding" in self._smart_options else _embedding(inner)
         self.regularizers.follow(

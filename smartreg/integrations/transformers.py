@@ -20,6 +20,7 @@ from smartreg._warnings import warn
 from smartreg.divergences import Divergence
 from smartreg.integrations._heads import Head, infer_head, look_up_examples, look_up_masks
 from smartreg.integrations._regularizers import Regularizers, Strength, require
+from smartreg.integrations._sharding import refuse_sharding
 from smartreg.integrations._stand_in import StandIn
 
 try:
@@ -119,13 +120,8 @@ class SmartTrainerMixin(_Parent):
         self._divergence, self._output_to_logits = divergence, output_to_logits
         self._head: Head | None = None
         self._counts: bool | None = None  # whether the task loss is divided by num_items_in_batch; None: not yet seen
-        radius = {} if fields.smart_epsilon is None else {"epsilon": fields.smart_epsilon}
-        momentum = {} if fields.bregman_beta is None else {"beta": fields.bregman_beta}
-        self.regularizers = Regularizers(
-            Strength(fields.smart_lambda, fields.bregman_mu, fields.smart_every, fields.smart_warmup_steps),
-            {"memory_efficient": fields.smart_memory_efficient, **radius, **(smart_options or {})},
-            {**momentum, **(bregman_options or {})},
-        )
+        self._options = dict(smart_options or {}), dict(bregman_options or {})
+        self.regularizers = self._by_arguments()
         self.add_callback(_MoveTeacher(self))
 
     # What a subclass may override
@@ -152,24 +148,14 @@ class SmartTrainerMixin(_Parent):
 
     # What the Trainer calls
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's; the teacher starts anew."""
-        sharded = [name for name in ("deepspeed", "fsdp") if getattr(self, f"is_{name}_enabled", False)]
-        if sharded and self.regularizers.strength:
-            raise RuntimeError(
-                f"SMART has not been made to work with {sharded[0]} inside of the Trainer, which shards the model "
-                f"before a teacher can be copied: use DistributedDataParallel, or fully_shard in a loop of your own"
-            )
-        plan = getattr(self.accelerator, "parallelism_config", None)
-        split = [kind for kind in ("tp", "cp", "sp") if getattr(plan, f"{kind}_enabled", False)]
-        if split and self.regularizers.strength:
-            raise RuntimeError(
-                f"SMART has not been made to work with {split[0]}_size > 1 of a ParallelismConfig, where a process "
-                f"sees a part of each example or layer: use DistributedDataParallel"
-            )
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's; both regularizers anew, by the arguments as they are now: a search may have set them."""
         self.regularizers.restart()
+        self.regularizers = self._by_arguments()
+        if self.regularizers.strength:
+            refuse_sharding(self)
         self._head = self._counts = None
-        return super().train(*args, **kwargs)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -237,6 +223,17 @@ class SmartTrainerMixin(_Parent):
                 f"compare: use SmartSFTTrainer, or the Trainer of transformers"
             )
         return clean_pass(*args, **kwargs)
+
+    def _by_arguments(self) -> Regularizers:
+        fields: Any = self.args
+        smart, bregman = self._options
+        radius = {} if fields.smart_epsilon is None else {"epsilon": fields.smart_epsilon}
+        momentum = {} if fields.bregman_beta is None else {"beta": fields.bregman_beta}
+        return Regularizers(
+            Strength(fields.smart_lambda, fields.bregman_mu, fields.smart_every, fields.smart_warmup_steps),
+            {"memory_efficient": fields.smart_memory_efficient, **radius, **smart},
+            {**momentum, **bregman},
+        )
 
     # Checkpoints
 

@@ -94,6 +94,26 @@ def differences(model: nn.Module, penalty: Tensor, wanted: tuple[Tensor, dict[st
     }
 
 
+class Offset(Reader):
+    """Reads in train mode a buffer of its own, which the processes count up differently until DDP makes them equal."""
+
+    def forward(self, ids: Tensor, head: str = "both") -> Tensor:
+        outputs = super().forward(ids, head) * (1 + self.calls.detach().clone())
+        with torch.no_grad():
+            self.calls += dist.get_rank()
+        return outputs
+
+
+def check_buffers_that_ranks_change() -> Iterator[tuple[str, Any]]:
+    """Nothing is perturbed, so that a replay of the clean pass differs from it only if it reads other buffers."""
+    (ids,), _ = data()
+    for memory_efficient in (False, True):
+        torch.manual_seed(0)
+        smart = SmartLoss(DistributedDataParallel(Offset().double()), epsilon=0, memory_efficient=memory_efficient)
+        mode = "memory-efficient" if memory_efficient else "standard"
+        yield f"{mode}, nothing perturbed", [backward(smart, mine(ids), None).item() for _ in range(3)]
+
+
 def message(action: Callable[[], Any]) -> str:
     """What it raises."""
     try:
@@ -254,8 +274,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     found: dict[str, Any] = {}
-    start = check_start_along_the_gradient
-    for check in (check_ddp, check_step_inside, check_errors, check_compiled, check_fully_shard, start):
+    start, buffers = check_start_along_the_gradient, check_buffers_that_ranks_change
+    for check in (check_ddp, check_step_inside, check_errors, check_compiled, check_fully_shard, start, buffers):
         found.update(check())
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()

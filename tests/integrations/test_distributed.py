@@ -57,6 +57,12 @@ def test_buffers_are_as_after_one_pass_a_step(ranks: list[Any], mode: str) -> No
 
 
 @MODES
+def test_replays_read_the_buffers_that_the_wrapper_brings(ranks: list[Any], mode: str) -> None:
+    for rank in ranks:
+        assert rank[f"{mode}, nothing perturbed"] == [0.0, 0.0, 0.0]
+
+
+@MODES
 def test_dropout_masks_are_shared_on_every_rank_and_gradients_synchronised(ranks: list[Any], mode: str) -> None:
     for rank in ranks:
         assert rank[f"{mode}, zero"] == 0.0

@@ -230,6 +230,72 @@ def test_the_teacher_has_the_momentum_of_the_run(tmp_path: Path) -> None:
     assert one.regularizers.bregman.beta == suggested_beta(30)
 
 
+class Alternating(Module):
+    """Two optimizers, stepped by hand at every batch."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, CASES[name].model())
+        self.automatic_optimization = False
+        self.weighted: list[float] = []
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> None:
+        outputs, term = smart_loss(self, self.model, lambda m: m(**batch), mask=self.case.masks(batch))
+        self.weighted.append(float(torch.as_tensor(term).detach()))
+        self.manual_backward(self.case.task(outputs, batch) + term)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        first, *others = self.model.parameters()
+        return [torch.optim.SGD([first], lr=1e-3), torch.optim.SGD(others, lr=1e-3)]
+
+
+def test_a_step_is_one_however_many_optimizers_take_it(tmp_path: Path) -> None:
+    module = Alternating("one label")
+    one = callback(bregman_mu=0.0, smart_every=2)
+    fit(tmp_path, module, batch_of("one label"), [one], size=2, max_epochs=1)
+    assert [term > 0 for term in module.weighted] == [True, False, True, False]
+    assert one.step == 4
+
+
+class Pair(Module):
+    """Regularizes two models in turn."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, CASES[name].model())
+        self.other = CASES[name].model()
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        terms = [smart_loss(self, model, lambda m: m(**batch))[1] for model in (self.model, self.other)]
+        return sum(terms)
+
+
+def test_a_second_model_in_one_run_is_an_error(tmp_path: Path) -> None:
+    """Its teacher would be made anew at each call, and its proximal term 0 for ever."""
+    with pytest.raises(RuntimeError, match=r"one run regularizes one model, got Bert\w+ after Bert"):
+        fit(tmp_path, Pair("one label"), batch_of("one label"), [callback()])
+
+
+def test_a_state_that_no_step_has_used_is_saved_as_it_was_loaded(tmp_path: Path) -> None:
+    one, two = callback(), callback()
+    fit(tmp_path, Module("one label", CASES["one label"].model()), batch_of("one label"), [one])
+    state = one.state_dict()
+    assert int(state["step"]) == 3
+    two.load_state_dict(state)
+    again = two.state_dict()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], value) for key, value in state.items())
+
+
+def test_a_new_run_begins_its_means_anew(tmp_path: Path) -> None:
+    one = callback()
+    fit(tmp_path, Module("one label", CASES["one label"].model()), batch_of("one label"), [one])
+    one.regularizers._note("smart_penalty", torch.tensor(1.0))
+    one.regularizers.restart()
+    assert one.regularizers.means() == {}
+
+
 def test_a_run_without_a_length_wants_a_momentum(tmp_path: Path) -> None:
     endless = {"max_epochs": -1, "max_time": {"seconds": 1}}
     with pytest.raises(ValueError, match="number of optimizer steps, which is not known of this run"):

@@ -237,7 +237,7 @@ def test_a_trainer_without_the_callback_is_an_error(tmp_path: Path) -> None:
     model = encoder(tmp_path / "encoder")
     loss = SmartLossModifier(model, Cosine(model), **ON)
     with pytest.raises(
-        RuntimeError, match=r"the teacher would never move: give the trainer callbacks=\[loss.callback\]"
+        RuntimeError, match=r"nothing would count steps or move a teacher: give the trainer callbacks=\[loss.callback\]"
     ):
         trainer_of(tmp_path, loss, callbacks=[]).train()
     with pytest.raises(ValueError, match=r"compare must be one of .*, got 'cosines'"):

@@ -588,6 +588,20 @@ def test_the_teacher_has_the_momentum_of_the_run_unless_one_is_given(tmp_path: P
     assert trainer.regularizers.bregman.beta == (suggested_beta(30) if beta is None else beta)
 
 
+def test_a_run_is_made_by_the_arguments_that_it_starts_with(tmp_path: Path) -> None:
+    """A search of hyperparameters sets them between two runs."""
+    trainer = trained(tmp_path, "one label", bregman_beta=None, max_steps=2)
+    first = trainer.regularizers
+    values = {"smart_lambda": 0.9, "bregman_mu": 0.25, "smart_every": 3, "smart_epsilon": 0.01, "max_steps": 40}
+    for name, value in values.items():
+        setattr(trainer.args, name, value)
+    trainer.train()
+    now = trainer.regularizers
+    assert (now.strength.smart_lambda, now.strength.bregman_mu, now.strength.smart_every) == (0.9, 0.25, 3)
+    assert (now.smart.settings.epsilon, now.bregman.beta, now.bregman.updates) == (0.01, suggested_beta(40), 40)
+    assert first.smart is None  # nothing of the run before is left on the model
+
+
 def test_adapters(tmp_path: Path) -> None:
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
     model = peft.get_peft_model(CASES["one label"].model(), config)

@@ -40,12 +40,18 @@ SECTIONS = {
     "Sentiment: SST": "first",
     "Weaker weights, a smaller ball": "weaker-sst",
     "Scores: STS": "first-sts",
+    "Paraphrase, 1,024 pairs": "size-para-1024",
     "Where the failure came from": "causes",
 }
 """The sections of the page that have a table, and the stage that it is of."""
 TERMS = "What the terms weighed"
 """The section with a table of the terms, which are those of the section before it."""
-SUMMARY = {"paraphrase": "first-para", "sentiment": "weaker-sst", "scores": "first-sts"}
+SUMMARY = {
+    "paraphrase, 1,024 pairs": "size-para-1024",
+    "paraphrase, 256": "first-para",
+    "sentiment, 256 sentences": "weaker-sst",
+    "scores, 256 pairs": "first-sts",
+}
 """The rows of the page's first table, which are of the default weight alone."""
 DEFAULT = f"smart:{Settings.lambda_s}"
 ROWS = []

@@ -270,7 +270,7 @@ class SmartLoss(nn.Module):
             value = divergence_of(query.divergence, perturbed, reference, query.output_mask)
             scale = self._looks.loss_scale.get(value.device, *begin.objective.dtypes, *(p.dtype for p in perturbed))
             stored = StoredGradients.of(value, (*reference, *(leaves or ())), mark, scale)
-        self._looks.loss_scale.lower_on_overflow(scale, stored.all())
+        self._looks.loss_scale.update(scale, stored.all())
         self._record(found, stored.value, first, query.output_mask)
         share_lookups = leaves is not None
         del perturbed, value, begin, found, leaves, reference, first  # nothing of the freed graph need outlive it

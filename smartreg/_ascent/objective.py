@@ -96,7 +96,7 @@ class Objective:
         if scale is None:
             return gradients
         if adjust_scale:
-            self.loss_scale.lower_on_overflow(scale, gradients)
+            self.loss_scale.update(scale, gradients)
         return [gradient / scale.to(gradient.device) for gradient in gradients]
 
 

@@ -158,7 +158,7 @@ def test_the_ascent_divides_its_loss_scale_out() -> None:
 def test_loss_scale_is_for_float16_alone() -> None:
     scales, cpu = LossScale(), torch.device("cpu")
     assert scales.get(cpu, torch.float32, torch.bfloat16, None) is None
-    scales.lower_on_overflow(None, [torch.tensor(torch.inf)])
+    scales.update(None, [torch.tensor(torch.inf)])
     scale = scales.get(cpu, torch.float32, torch.float16)
     assert scale.item() == 2.0**12
 
@@ -166,16 +166,31 @@ def test_loss_scale_is_for_float16_alone() -> None:
 def test_loss_scale_is_halved_by_an_overflow_and_stays_above_one() -> None:
     scales, cpu = LossScale(), torch.device("cpu")
     first = scales.get(cpu, torch.float16)
-    scales.lower_on_overflow(first, [torch.ones(2), torch.zeros(3)])
+    scales.update(first, [torch.ones(2), torch.zeros(3)])
     assert scales.get(cpu, torch.float16).item() == first.item()
     sparse = torch.sparse_coo_tensor([[1]], [torch.nan], (3,), check_invariants=True)
     for number, gradient in enumerate([torch.tensor([1.0, torch.inf]), torch.tensor(torch.nan), sparse], start=1):
-        scales.lower_on_overflow(scales.get(cpu, torch.float16), [torch.ones(2), gradient])
+        scales.update(scales.get(cpu, torch.float16), [torch.ones(2), gradient])
         assert scales.get(cpu, torch.float16).item() == 2.0 ** (12 - number)
     assert first.item() == 2.0**12  # a graph may hold it
     for _ in range(20):
-        scales.lower_on_overflow(scales.get(cpu, torch.float16), [torch.tensor(torch.inf)])
+        scales.update(scales.get(cpu, torch.float16), [torch.tensor(torch.inf)])
     assert scales.get(cpu, torch.float16).item() == 1.0
+
+
+def test_loss_scale_grows_back_after_two_thousand_gradients_without_an_overflow() -> None:
+    scales, cpu, good = LossScale(), torch.device("cpu"), [torch.ones(2)]
+    for _ in range(2):
+        scales.update(scales.get(cpu, torch.float16), [torch.tensor(torch.inf)])
+    found = []
+    for _ in range(6000):
+        scales.update(scales.get(cpu, torch.float16), good)
+        found.append(scales.get(cpu, torch.float16).item())
+    assert found == [2.0**10] * 1999 + [2.0**11] * 2000 + [2.0**12] * 2001  # and no further than it began
+    scales.update(scales.get(cpu, torch.float16), [torch.tensor(torch.inf)])
+    for number in range(3000):  # an overflow begins the count anew
+        scales.update(scales.get(cpu, torch.float16), [torch.tensor(torch.inf)] if number == 1500 else good)
+    assert scales.get(cpu, torch.float16).item() == 2.0**10
 
 
 def test_float16_autocast_with_a_sparse_embedding() -> None:

@@ -41,6 +41,7 @@ SECTIONS = {
     "Weaker weights, a smaller ball": "weaker-sst",
     "Scores: STS": "first-sts",
     "Paraphrase, 1,024 pairs": "size-para-1024",
+    "Sentiment, 64 sentences": "size-sst-64",
     "Where the failure came from": "causes",
 }
 """The sections of the page that have a table, and the stage that it is of."""
@@ -50,6 +51,7 @@ SUMMARY = {
     "paraphrase, 1,024 pairs": "size-para-1024",
     "paraphrase, 256": "first-para",
     "sentiment, 256 sentences": "weaker-sst",
+    "sentiment, 64": "size-sst-64",
     "scores, 256 pairs": "first-sts",
 }
 """The rows of the page's first table, which are of the default weight alone."""

@@ -66,8 +66,8 @@ def sizes(found: dict[str, dict[str, list[Gain]]], file: Path) -> None:
     """A column for each task, a panel for each measure: differences and their intervals over the training rows."""
     figure = Figure(figsize=(4.8, 4.8), layout="constrained")  # as wide as a telephone's page
     panels = figure.subplots(2, len(found), sharex=True, squeeze=False)
+    ticks = sorted({gain.rows for arms in found.values() for points in arms.values() for gain in points})
     for column, (task, arms) in enumerate(found.items()):
-        ticks = sorted({gain.rows for points in arms.values() for gain in points})
         for row, measure in enumerate(measures(task)[:2]):
             panel = panels[row][column]
             for number, (arm, points) in enumerate(arms.items()):

@@ -329,6 +329,16 @@ def test_faults_stand_beside_the_arm_that_they_are_faults_in(tmp_path: Path) -> 
     assert "| +0.2500 [+" in line  # of the NLL
 
 
+def test_smart_stands_beside_what_costs_as_much(tmp_path: Path) -> None:
+    stage = replace(ESTIMATE, arms=stages.SIZES)
+    fill(tmp_path, stage, {"smart:0.03": 0.25, "r-drop:5": 0.125})
+    part = tables.estimate_tables("sizes", stage, read(tmp_path), {}).split("beside r-drop:5\n")[1].split("###")[0]
+    (line,) = [line for line in part.splitlines() if line.startswith("| smart:0.03 |")]
+    right = [[(np.random.default_rng(s).random(400) < 0.5 + gain).mean() for s in range(3)] for gain in (0.25, 0.125)]
+    assert f"| {np.mean(right[0]) - np.mean(right[1]):+.4f} [+" in line
+    assert "| -0.1250 [-" in line  # of the NLL
+
+
 def test_faulty_arms_have_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faulty = replace(ESTIMATE, arms=("t-vanilla", "smart+mbpp", "cause:slow-teacher"))
     for stage in (faulty, ESTIMATE):

@@ -16,6 +16,9 @@ from .stages import STAGES, Stage, check_budget, on_dev, ranking
 
 REFERENCE = "t-vanilla"
 FAULTLESS = "smart+mbpp"
+"""What each fault is compared with."""
+RIVALS = ("r-drop", "r-drop:5")
+"""What costs as much as SMART, and is compared with it."""
 LEVEL = 0.05
 TITLE = """# Tables of the comparison
 
@@ -82,8 +85,10 @@ def estimate_tables(name: str, stage: Stage, records: Sequence[Record], zero_sho
     for task in stage.tasks:
         for moment in ("last", "best"):
             text.append(_table(task, moment, by_arm, zero_shot.get(task)))
-        if CAUSES.keys() & by_arm.keys() and FAULTLESS in by_arm:
-            text.append(_faults(task, by_arm))
+        smart = [arm for arm in by_arm if arm.startswith("smart")]
+        faulty = [arm for arm in by_arm if arm in CAUSES]
+        pairs = [(smart, rival) for rival in RIVALS] + [(faulty, FAULTLESS)]
+        text += [_beside(task, arms, other, by_arm) for arms, other in pairs if arms and other in by_arm]
         text.append(_terms(task, by_arm))
     if "probes" in first:
         text.append(_probes(by_arm))
@@ -160,17 +165,17 @@ def _table(task: str, moment: str, by_arm: dict[str, list[Record]], zero_shot: f
     return "\n".join(lines) + "\n"
 
 
-def _faults(task: str, by_arm: dict[str, list[Record]]) -> str:
-    """What each fault changes of the arm that it is a fault in; described, not tested."""
+def _beside(task: str, arms: Sequence[str], other: str, by_arm: dict[str, list[Record]]) -> str:
+    """Differences of some arms from another than the reference; described, not tested."""
     columns = measures(task)[:3]
     lines = [
-        f"### {task}, last epoch, beside {FAULTLESS}\n",
+        f"### {task}, last epoch, beside {other}\n",
         f"| arm | {' | '.join(column.title for column in columns)} |",
         "|---" * (len(columns) + 1) + "|",
     ]
-    for arm in [arm for arm in by_arm if arm in CAUSES]:
-        pairs = [[matrix(by_arm[each], task, "last", column) for each in (arm, FAULTLESS)] for column in columns]
-        lines.append(f"| {arm} | {' | '.join(_bracket(difference(own, other)).strip(' ()') for own, other in pairs)} |")
+    for arm in arms:
+        pairs = [[matrix(by_arm[each], task, "last", column) for each in (arm, other)] for column in columns]
+        lines.append(f"| {arm} | {' | '.join(_bracket(difference(*pair)).strip(' ()') for pair in pairs)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -118,12 +118,21 @@ def test_a_section_tells_its_seeds(title: str) -> None:
 def test_readme_has_numbers_of_the_tables() -> None:
     text = " ".join((DOCS.parent / "README.md").read_text("utf-8").replace("−", "-").split())
     para, weaker, stage = last_epoch("first-para"), last_epoch("weaker-sst"), "first-para"
-    (accuracy, nll, *_), other, drop = para[DEFAULT], para[REFERENCE], para["r-drop"][1]
+    (accuracy, nll, *_), other = para[DEFAULT], para[REFERENCE]
     assert f"Quora pairs ({seeds_of(stage)} seeds" in text
     assert f"from {other[1][0]:.3f} to {nll[0]:.3f}, by {-nll[1]:.3f} [{-nll[3]:.3f}, {-nll[2]:.3f}]" in text
     assert f"accuracy {accuracy[1]:+.3f} [{accuracy[2]:+.3f}, {accuracy[3]:+.3f}]" in text
-    assert f"by {-drop[1]:.3f} [{-drop[3]:.3f}, {-drop[2]:.3f}]" in text
     assert f"brings plain fine-tuning to {other[2][0]:.3f}" in text
+    large, most = last_epoch("size-para-1024"), "size-para-1024"
+    (gain, loss, *_), (start, before, *_) = large[DEFAULT], large[REFERENCE]
+    assert (
+        f"1,024 Quora pairs ({seeds_of(most)} seeds) the default adds {gain[1]:.3f} [{gain[2]:.3f}, {gain[3]:.3f}]"
+        in text
+    )
+    assert f"an accuracy of {start[0]:.3f} and" in text
+    assert f"from {before[0]:.3f} to {loss[0]:.3f}, by {-loss[1]:.3f} [{-loss[3]:.3f}, {-loss[2]:.3f}]" in text
+    (gain, loss, *_) = large["r-drop:5"]
+    assert f"by {-loss[1]:.3f} [{-loss[3]:.3f}, {-loss[2]:.3f}], with accuracy {gain[1]:+.3f} [{gain[2]:+.3f}, " in text
     plain, default = weaker[REFERENCE], weaker[DEFAULT]
     (accuracy, nll, *_) = default
     assert f"from {plain[1][0]:.3f} to {nll[0]:.3f}, by {-nll[1]:.3f} [{-nll[3]:.3f}, {-nll[2]:.3f}]" in text

@@ -41,6 +41,7 @@ SECTIONS = {
     "Weaker weights, a smaller ball": "weaker-sst",
     "Scores: STS": "first-sts",
     "Paraphrase, 1,024 pairs": "size-para-1024",
+    "Paraphrase, 64 pairs": "size-para-64",
     "Sentiment, 64 sentences": "size-sst-64",
     "Where the failure came from": "causes",
 }
@@ -50,6 +51,7 @@ TERMS = "What the terms weighed"
 SUMMARY = {
     "paraphrase, 1,024 pairs": "size-para-1024",
     "paraphrase, 256": "first-para",
+    "paraphrase, 64": "size-para-64",
     "sentiment, 256 sentences": "weaker-sst",
     "sentiment, 64": "size-sst-64",
     "scores, 256 pairs": "first-sts",

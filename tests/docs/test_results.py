@@ -39,6 +39,7 @@ SECTIONS = {
     "Paraphrase: Quora": "first-para",
     "Sentiment: SST": "first",
     "Weaker weights, a smaller ball": "weaker-sst",
+    "Other methods": "others-sst",
     "Scores: STS": "first-sts",
     "Paraphrase, 1,024 pairs": "size-para-1024",
     "Paraphrase, 64 pairs": "size-para-64",

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from smartreg._model.embedding import EmbeddingPass, EmbeddingTap
 from smartreg._model.replay import ModuleState, RandomState, Stilled, backward_hooks, devices_of
-from smartreg._model.wrapper import around_wrapper, through_wrapper
+from smartreg._model.wrapper import around_wrapper, bring_buffers, through_wrapper
 from smartreg._outputs import Forward, OutputToLogits, compared_tensors
 from smartreg._wrappers import code_of, is_compiled, unwrapped, without_ddp
 
@@ -91,9 +91,7 @@ class ModelPasses:
         self._shared_dropout = shared_dropout
         self._inner = without_ddp(model)
         self._module = unwrapped(model)
-        # The clean pass would take the first process's buffers over, and the replays begin before it.
-        if isinstance(model, DistributedDataParallel) and model._check_sync_bufs_pre_fwd():  # type: ignore[no-untyped-call]
-            model._sync_buffers()  # type: ignore[no-untyped-call]
+        bring_buffers(model)  # the replays begin where the clean pass will
         self._state = ModuleState(self._module)
         self._random = RandomState(
             devices_of(self._module), self._state.held.generators, remember_draws=remember_draws and shared_dropout

@@ -12,6 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 from smartreg._model.embedding import EmbeddingPass
 
 
+def bring_buffers(model: nn.Module) -> None:
+    """Under DDP, what its next forward would do first: every process takes over the buffers of the first one."""
+    if not isinstance(model, DistributedDataParallel):
+        return
+    if model._check_sync_bufs_pre_fwd():  # type: ignore[no-untyped-call]  # torch: no types
+        model._sync_buffers()  # type: ignore[no-untyped-call]  # torch: no types
+
+
 @contextlib.contextmanager
 def through_wrapper(model: nn.Module, record: EmbeddingPass) -> Iterator[None]:
     """Under DDP every look-up of the clean pass happens inside the wrapper, or gradients are not synchronised."""

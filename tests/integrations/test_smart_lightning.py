@@ -288,6 +288,13 @@ def test_a_state_that_no_step_has_used_is_saved_as_it_was_loaded(tmp_path: Path)
     assert all(torch.equal(again[key], value) for key, value in state.items())
 
 
+def test_a_checkpoint_that_counts_no_steps_goes_on_at_those_of_the_trainer() -> None:
+    one = callback()
+    one.load_state_dict({})
+    one.on_train_start(SimpleNamespace(global_step=5, optimizers=[]), lightning.LightningModule())
+    assert one.step == 5
+
+
 def test_a_new_run_begins_its_means_anew(tmp_path: Path) -> None:
     one = callback()
     fit(tmp_path, Module("one label", CASES["one label"].model()), batch_of("one label"), [one])

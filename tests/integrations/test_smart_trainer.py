@@ -33,7 +33,9 @@ from trainer_tools import (
 )
 
 from smartreg import SmartWarning, suggested_beta
+from smartreg.integrations import _checkpoint
 from smartreg.integrations._heads import Head, infer_head, look_up_masks
+from smartreg.integrations._regularizers import Regularizers, Strength
 from smartreg.integrations.transformers import (
     SmartSeq2SeqTrainer,
     SmartSeq2SeqTrainingArguments,
@@ -600,6 +602,36 @@ def test_a_run_is_made_by_the_arguments_that_it_starts_with(tmp_path: Path) -> N
     assert (now.strength.smart_lambda, now.strength.bregman_mu, now.strength.smart_every) == (0.9, 0.25, 3)
     assert (now.smart.settings.epsilon, now.bregman.beta, now.bregman.updates) == (0.01, suggested_beta(40), 40)
     assert first.smart is None  # nothing of the run before is left on the model
+
+
+def test_a_run_that_begins_again_with_smaller_batches_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `auto_find_batch_size` does where memory runs out: a longer run, and another momentum."""
+    sizes: list[int] = []
+    compute_loss = SmartTrainer.compute_loss
+
+    def short_of_memory(self: SmartTrainer, model: nn.Module, inputs: Any, *rest: Any, **more: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes == [8, 8]:
+            raise RuntimeError("CUDA out of memory.")
+        return compute_loss(self, model, inputs, *rest, **more)
+
+    monkeypatch.setattr(SmartTrainer, "compute_loss", short_of_memory)
+    trainer = trained(
+        tmp_path, "one label", bregman_beta=None, auto_find_batch_size=True, max_steps=-1, num_train_epochs=20,
+        per_device_train_batch_size=8,
+    )  # fmt: skip
+    steps = trainer.state.max_steps
+    assert sizes[:2] == [8, 8]
+    assert sizes[2] < 8
+    assert steps > 20
+    assert (trainer.regularizers.bregman.updates, trainer.regularizers.bregman.beta) == (steps, suggested_beta(steps))
+
+
+def test_nothing_is_written_where_there_is_nothing_to_save(tmp_path: Path) -> None:
+    _checkpoint.save(Regularizers(Strength(0.1, 0.0), {}, {}), tmp_path / "checkpoint", 0, main=True)
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_adapters(tmp_path: Path) -> None:

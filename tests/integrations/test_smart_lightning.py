@@ -295,9 +295,11 @@ def test_a_checkpoint_that_counts_no_steps_goes_on_at_those_of_the_trainer() -> 
     assert one.step == 5
 
 
-def test_a_new_run_begins_its_means_anew(tmp_path: Path) -> None:
+def test_a_new_run_begins_its_steps_and_means_anew(tmp_path: Path) -> None:
     one = callback()
     fit(tmp_path, Module("one label", CASES["one label"].model()), batch_of("one label"), [one])
+    fit(tmp_path, Module("one label", CASES["one label"].model()), batch_of("one label"), [one])
+    assert one.step == 3  # of the second run alone
     one.regularizers._note("smart_penalty", torch.tensor(1.0))
     one.regularizers.restart()
     assert one.regularizers.means() == {}

@@ -7,7 +7,7 @@ one setting an arm, the default or what a search has chosen, on the rows held ou
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .. import InputError
@@ -81,9 +81,8 @@ STAGES["weaker-sst"] = Stage(("sst",), 256, WEAKER, seeds=8)
 STAGES["others-sst"] = Stage(("sst",), 256, OTHERS, seeds=5)
 for _size in (64, 1024):
     STAGES |= {f"size-{_task}-{_size}": Stage((_task,), _size, SIZES, seeds=5) for _task in ("sst", "para")}
-STAGES["size-sst-1024"] = replace(STAGES["size-sst-1024"], probed=True)
 STAGES["short-search-sst"] = Stage(("sst",), 256, TUNED, rungs=SHORT)
-STAGES["tuned-sst"] = Stage(("sst",), 256, TUNED, seeds=8, settings_from="short-search-sst")
+STAGES["tuned-sst"] = Stage(("sst",), 256, TUNED, seeds=8, settings_from="short-search-sst", probed=True)
 for _task, _arms in (("sst", SEARCHED), ("para", FEW), ("sts", FEW)):
     _search = f"search-{_task}-256"
     STAGES[_search] = Stage((_task,), 256, _arms, rungs=HALVING)

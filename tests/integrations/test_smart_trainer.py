@@ -561,6 +561,13 @@ def test_what_splits_an_example_or_a_layer_is_refused(
         trainer.train()
 
 
+def test_without_weights_the_trainer_may_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(tmp_path, "one label", **OFF)
+    trainer.is_fsdp_enabled = True
+    monkeypatch.setattr(transformers.Trainer, "_inner_training_loop", lambda self, *args, **kwargs: "the loop")
+    assert trainer._inner_training_loop() == "the loop"
+
+
 def test_the_arguments_become_flags() -> None:
     parser = transformers.HfArgumentParser(SmartTrainingArguments)
     flags = "--smart_lambda 0.5 --smart_epsilon 0.1 --smart_memory_efficient --smart_every 2 --report_to none"

@@ -45,8 +45,13 @@ class SentenceTokenizer:
 
     def __call__(self, sentences: Sequence[str]) -> list[list[int]]:
         """Token ids of each sentence."""
+        return [ids for ids, _ in self.encode(sentences)]
+
+    def encode(self, sentences: Sequence[str]) -> list[tuple[list[int], bool]]:
+        """Token ids of each sentence, and whether some were cut off."""
         with parsing(self.folder, "tokenizer"):  # one without [UNK] is found out by the first unknown word
-            return [encoding.ids for encoding in self.tokenizer.encode_batch(list(sentences))]
+            found = self.tokenizer.encode_batch(list(sentences))
+        return [(encoding.ids, bool(encoding.overflowing)) for encoding in found]
 
     def to_json(self) -> str:
         """The content of a `tokenizer.json`, from which the same tokenizer can be built again."""
@@ -102,12 +107,13 @@ class TokenSet:
 
 def tokenize(split: Split, tokenizer: SentenceTokenizer) -> TokenSet:
     """Token ids of a split."""
-    columns = [tokenizer([row.sentences[i] for row in split.examples]) for i in range(len(split.task.columns))]
-    tokens = list(zip(*columns, strict=True))
-    full = sum(any(len(sentence) >= tokenizer.max_length for sentence in row) for row in tokens)
+    columns = [tokenizer.encode([row.sentences[i] for row in split.examples]) for i in range(len(split.task.columns))]
+    rows = list(zip(*columns, strict=True))
+    tokens = [tuple(ids for ids, _ in row) for row in rows]
+    cut = sum(any(shortened for _, shortened in row) for row in rows)
     labels = [row.label for row in split.examples if row.label is not None]
     ids = [row.id for row in split.examples]
-    return TokenSet(split.task, ids, tokens, labels if split.labelled else None, full)
+    return TokenSet(split.task, ids, tokens, labels if split.labelled else None, cut)
 
 
 def fingerprint(sets: Mapping[str, TokenSet]) -> str:

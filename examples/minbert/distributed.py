@@ -121,6 +121,14 @@ def total(place: Place, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def joined(place: Place, sums: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of one tensor and maxima of another over all processes; both stand on the CPU."""
+    if place.world > 1:
+        dist.all_reduce(sums)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return sums, largest
+
+
 def first_decides(place: Place, decide: Callable[[], object]) -> str:
     """What the first process decides, as text, in every process; so too what it refuses, or the others would wait."""
     if place.world == 1:

@@ -112,6 +112,8 @@ def evaluate_run(given: dict[str, Any]) -> int:
     if useless:
         raise InputError(f"--{useless[0].replace('_', '-')}: has no effect with --evaluate")
     run, split = Path(given["evaluate"]), given.get("split", "dev")
+    if split == "test" and "dev_limit" in given:
+        raise InputError("--dev-limit: has no effect with --split test, which is evaluated whole")
     settings = run_folder.saved_settings(run, "--evaluate")
     saved = checkpoint.last_checkpoint(run, "--evaluate")
     if not run_folder.complete(run):
@@ -135,7 +137,7 @@ def evaluate_run(given: dict[str, Any]) -> int:
     model.to(place.device, getattr(torch, settings.dtype))
     tokenizer = SentenceTokenizer(run / "encoder", settings.max_length)
 
-    folder = Path(given.get("data_dir") or settings.data_dir or SAMPLE)
+    folder = Path(given["data_dir"]) if "data_dir" in given else Path(settings.data_dir or SAMPLE)
     results, sets = {}, {}
     for name in tasks:
         content = read_split(folder, TASKS[name], split, given.get("dev_limit"))

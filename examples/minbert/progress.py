@@ -11,10 +11,11 @@ import psutil
 import torch
 
 from . import Diverged
-from .distributed import Place
+from .distributed import Place, joined
 from .objective import Losses
 
-NAMES = ("loss", "task_loss", "smoothness", "proximal", "start_divergence", "max_perturbation", "bad_examples")
+MEANS = ("loss", "task_loss", "smoothness", "proximal", "start_divergence")
+"""Of the rows of a batch; the largest perturbation and the number of bad examples are none."""
 
 
 def diverged(what: str) -> Diverged:
@@ -28,17 +29,21 @@ def diverged(what: str) -> Diverged:
 class Ledger:
     """Sums loss parts. Tensors are kept as they are and read late, so that a GPU is not made to wait at every step.
 
+    Of several processes each notes its own rows, and all have the sums over all rows: they read at the same moments,
+    and a loss that is no number in one of them ends the run in all.
+
     Args:
+        place: among the processes.
         patience: so many losses in a row that are no numbers mean that the run has diverged.
     """
 
-    def __init__(self, patience: int = 1) -> None:
-        self.patience, self._in_a_row = patience, 0
+    def __init__(self, place: Place, patience: int = 1) -> None:
+        self.place, self.patience, self._in_a_row = place, patience, 0
         self._pending: list[tuple[str, float, Losses, int]] = []
         self._sums: dict[str, dict[str, float]] = {}
 
     def add(self, task: str, losses: Losses, weight: float, step: int) -> None:
-        """Notes a (micro-)batch; weights of a step sum to 1.
+        """Notes a (micro-)batch; weights of a step sum to 1, over all processes.
 
         Raises:
             Diverged: on a CPU at once, on a GPU when the losses are read.
@@ -60,20 +65,20 @@ class Ledger:
         Raises:
             Diverged: losses were no numbers.
         """
-        for task, weight, losses, step in self._pending:
-            self._watch(task, float(losses.total), step)
-            sums = self._sums.setdefault(task, {"steps": 0.0})
-            sums["steps"] += weight
-            values = {"loss": losses.total, "task_loss": losses.task}
-            values |= {"smoothness": losses.smoothness} if losses.smoothness is not None else {}
-            values |= {"proximal": losses.proximal} if losses.proximal is not None else {}
-            for name, tensor in values.items():
-                sums[name] = sums.get(name, 0.0) + weight * float(tensor)
+        if not self._pending:
+            return self._sums
+        read = [(_weighted(losses, weight), _largest(losses, weight)) for _, weight, losses, _ in self._pending]
+        rows = torch.tensor([list(means.values()) for means, _ in read], dtype=torch.float64)
+        largest = torch.tensor([largest for _, largest in read], dtype=torch.float64)
+        rows, largest = joined(self.place, rows, largest)
+        for (task, _, losses, step), (means, _), row, most in zip(self._pending, read, rows, largest, strict=True):
+            values = dict(zip(means, row.tolist(), strict=True))
+            self._watch(task, values["loss"] / values["steps"], step)
+            sums = self._sums.setdefault(task, {})
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
             if losses.stats is not None:
-                start, largest = losses.stats.start_divergence, losses.stats.max_perturbation
-                sums["start_divergence"] = sums.get("start_divergence", 0.0) + weight * start
-                sums["max_perturbation"] = max(sums.get("max_perturbation", 0.0), largest)
-                sums["bad_examples"] = sums.get("bad_examples", 0.0) + losses.stats.bad_examples
+                sums["max_perturbation"] = max(sums.get("max_perturbation", 0.0), float(most))
         self._pending.clear()
         return self._sums
 
@@ -92,10 +97,10 @@ class Ledger:
         result: dict[str, dict[str, Any]] = {}
         for task, sums in sorted(self.settle().items()):
             means: dict[str, Any] = {}
-            for name in NAMES:
+            for name in MEANS:
                 if name in sums:
-                    total = name in ("max_perturbation", "bad_examples")
-                    means[name] = sums[name] if total else sums[name] / sums["steps"]
+                    means[name] = sums[name] / sums["steps"]
+            means |= {name: sums[name] for name in ("max_perturbation", "bad_examples") if name in sums}
             if means.get("start_divergence"):
                 means["ascent_gain"] = means["smoothness"] / means["start_divergence"]
             result[task] = {k: v if math.isfinite(v) else None for k, v in means.items()}
@@ -105,6 +110,22 @@ class Ledger:
         """Starts the next epoch."""
         self._pending.clear()
         self._sums = {}
+
+
+def _weighted(losses: Losses, weight: float) -> dict[str, float]:
+    """What is summed over batches and processes: each part by the weight of its rows, which stands under "steps"."""
+    parts = {"steps": 1.0, "loss": losses.total, "task_loss": losses.task}
+    parts |= {"smoothness": losses.smoothness} if losses.smoothness is not None else {}
+    parts |= {"proximal": losses.proximal} if losses.proximal is not None else {}
+    parts |= {"start_divergence": losses.stats.start_divergence} if losses.stats is not None else {}
+    values = {name: weight * float(part) for name, part in parts.items()}
+    if losses.stats is not None:  # a row of weight 0 stands in for none, and another process has it too
+        values["bad_examples"] = float(losses.stats.bad_examples if weight else 0)
+    return values
+
+
+def _largest(losses: Losses, weight: float) -> float:
+    return float(losses.stats.max_perturbation) if losses.stats is not None and weight else 0.0
 
 
 def hidden(place: Place) -> bool | None:

@@ -49,10 +49,13 @@ def print_data(console: Console, files: dict[str, list[Split]], sets: dict[str, 
                 console.print(f"  [yellow]skipped[/] {escape(one_line(row))}", highlight=False, soft_wrap=True)
     cut = {name: data.truncated for name, data in sets.items() if data.truncated}
     for name, count in cut.items():
-        console.print(f"  {name}: {count} training rows reach --max-length {max_length} and are cut", highlight=False)
+        console.print(
+            f"  {name}: {count} training rows have more than --max-length {max_length} tokens and are cut",
+            highlight=False,
+        )
 
 
-def finish(trainer: Trainer, sets: dict[str, dict[str, TokenSet]], seconds: float, console: Console) -> None:
+def finish(trainer: Trainer, sets: dict[str, dict[str, TokenSet]], console: Console) -> None:
     """Predictions, figure, `metrics.json`, and the closing table."""
     settings, place, folder = trainer.settings, trainer.place, trainer.folder
     for split in ("dev", "test"):
@@ -80,7 +83,7 @@ def finish(trainer: Trainer, sets: dict[str, dict[str, TokenSet]], seconds: floa
         "epochs": history,
         "step_seconds_median": trainer.step_seconds_median,
         "peak_memory_bytes": trainer.memory.peak,
-        "seconds": round(seconds, 1),
+        "seconds": round(trainer.seconds, 1),
         "processes": place.world,
         "device": place.device.type,
         "torch": torch.__version__,
@@ -92,7 +95,7 @@ def finish(trainer: Trainer, sets: dict[str, dict[str, TokenSet]], seconds: floa
     for text in meaning(metrics, settings, place.world):
         say(console, text)
     console.print(
-        f"{seconds:.0f} s, {trainer.step} steps, peak memory {trainer.memory.peak / 2**20:.0f} MiB; "
+        f"{trainer.seconds:.0f} s, {trainer.step} steps, peak memory {trainer.memory.peak / 2**20:.0f} MiB; "
         f"metrics.json, predictions and figures/curves.png are in {folder}",
         highlight=False,
         markup=False,

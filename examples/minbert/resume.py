@@ -33,6 +33,7 @@ def save(trainer: Trainer, folder: Path) -> None:
             "before": trainer.before,
             "losses": trainer.ledger.settle(),
             "epoch_seconds": trainer.epoch_seconds,
+            "seconds": trainer.seconds,
             "peak_memory": trainer.memory.peak,
             "optimizer": trainer.optimizer.state_dict(),
             "schedule": trainer.schedule.state_dict(),
@@ -111,6 +112,7 @@ def _put_back(trainer: Trainer, state: dict[str, Any]) -> bool:
         raise ValueError("its history is not that of its epochs")
     trainer.ledger.restore(state["losses"])
     trainer.epoch_seconds = state["epoch_seconds"]
+    trainer.seconds_before = state.get("seconds", 0.0)
     trainer.memory.peak = state["peak_memory"]
     trainer.optimizer.load_state_dict(state["optimizer"])
     for parameter, moments in trainer.optimizer.state.items():

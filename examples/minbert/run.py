@@ -74,6 +74,7 @@ def train_in(hold: run_folder.Hold, settings: Settings, place: Place, console: C
     print_data(console, contents, sets["train"], settings.max_length)
     told = Extras(epoch_ended=lambda trainer: say(console, epoch_line(trainer.history[-1], settings.epochs)))
     trainer = Trainer(settings, place, model, sets["train"], sets["dev"], folder, told)
+    trainer.started = started
     if text := schedule_note(settings.lr_schedule, trainer.total_steps):
         note(console, text)
     if saved is not None:
@@ -89,7 +90,7 @@ def train_in(hold: run_folder.Hold, settings: Settings, place: Place, console: C
             message = f"stopped by SIGTERM after step {trainer.step} of {trainer.total_steps}; saved in {folder}, "
             print(message + "--resume goes on from there", file=sys.stderr)
         raise
-    finish(trainer, sets, time.perf_counter() - started, console)
+    finish(trainer, sets, console)
 
 
 def read_data(

@@ -291,11 +291,12 @@ def resolve(given: dict[str, Any]) -> Settings:
 
 
 def refuse_idle(given: dict[str, Any], settings: Settings) -> None:
-    """Raises InputError where the user gave a size that this search does not use; presets may leave some idle."""
+    """Raises InputError where the user gave what this search does not use; presets may leave some idle."""
     if "noise_std" in given and settings.start != "noise":
         raise InputError(f"--noise-std: has no effect with --start {settings.start}; add --start noise")
-    if "step_size" in given and settings.ascent_steps == 0:
-        raise InputError("--step-size: has no effect with --ascent-steps 0; add --ascent-steps 1")
+    for name in ("step_size", "ascent"):
+        if name in given and settings.ascent_steps == 0:
+            raise InputError(f"{flag(name)}: has no effect with --ascent-steps 0; add --ascent-steps 1")
 
 
 def flag(name: str) -> str:

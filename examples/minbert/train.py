@@ -76,14 +76,15 @@ class Trainer:
         # With fp16 a loss out of range now and then is part of the bargain: the scaler skips such a step. A run without
         # a folder is one trial of a search, which records that it came apart.
         patience = FP16_PATIENCE if settings.amp == "fp16" else 1
-        self.ledger = Ledger(patience=sys.maxsize if folder is None else patience)
+        self.ledger = Ledger(place, patience=sys.maxsize if folder is None else patience)
         self.memory, self.stop = Memory(place.device), StopRequest()
 
         self.step = self.epoch = self.position = 0
         self.history: list[dict[str, Any]] = []
         self.before: dict[str, Any] = {}
         self.step_seconds: list[float] = []
-        self.epoch_seconds = 0.0
+        self.epoch_seconds = self.seconds_before = 0.0
+        self.started = time.perf_counter()
 
     def run(self) -> None:
         """Trains to the end.
@@ -158,14 +159,14 @@ class Trainer:
         parts = micro_batches(step.rows, self.settings.grad_accum)
         for i, rows in enumerate(parts):
             own, weight = share(rows, place.rank, place.world)
-            weight *= len(rows) / len(step.rows)
+            weight *= len(rows) / len(step.rows)  # 1 a step, on the average of the processes
             batch = collate(data, own, self.model.encoder.config.pad_token_id, place.device)
             # DDP decides in the forward pass whether the backward exchanges gradients, so no_sync encloses both.
             with distributed.no_sync(self.wrapped, more_to_come=i + 1 < len(parts)):
                 with self._autocast():
                     losses = self.objective(batch, self.step)
                 self.scaler.scale(losses.total * weight).backward()
-            self.ledger.add(step.task, losses, len(rows) / len(step.rows), self.step + 1)
+            self.ledger.add(step.task, losses, weight / place.world, self.step + 1)
         return losses
 
     def _end_epoch(self) -> None:
@@ -197,8 +198,15 @@ class Trainer:
 
     @property
     def step_seconds_median(self) -> float | None:
-        """The median time of the optimizer steps since this process started."""
-        return round(statistics.median(self.step_seconds), 5) if self.step_seconds else None
+        """The median time of the optimizer steps since this process started; of the one before, if it has made none."""
+        if not self.step_seconds:
+            return self.history[-1].get("step_seconds_median") if self.history else None
+        return round(statistics.median(self.step_seconds), 5)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, the time between a checkpoint and going on from it left out."""
+        return self.seconds_before + time.perf_counter() - self.started
 
     def _require_numbers(self) -> None:
         """Raises Diverged before weights that are no numbers are measured, or replace a checkpoint of some that are."""

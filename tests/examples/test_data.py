@@ -207,3 +207,6 @@ def test_sentences_beyond_the_length_are_counted(tmp_path: Path) -> None:
     tokens = tokenize(read_file(write(tmp_path, HEAD + rows(3)), SST), SentenceTokenizer(tmp_path, 4))
     assert tokens.truncated == 3
     assert tokens.lengths == [4, 4, 4]
+    longest = max(tokenize(read_file(write(tmp_path, HEAD + rows(3)), SST), SentenceTokenizer(tmp_path, 64)).lengths)
+    exact = tokenize(read_file(write(tmp_path, HEAD + rows(3)), SST), SentenceTokenizer(tmp_path, longest))
+    assert (max(exact.lengths), exact.truncated) == (longest, 0)  # as long as may be: nothing was cut

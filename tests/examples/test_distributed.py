@@ -26,6 +26,21 @@ def save(self):
 train.Trainer.save = save
 sys.exit(cli.main(sys.argv[1:]))
 """
+# In the second of two processes the loss of the second step is no number.
+SPOILT = """
+import dataclasses, os, sys
+sys.path.insert(0, {examples!r})
+from minbert import cli, objective
+
+original = objective.Objective.__call__
+def spoilt(self, batch, step):
+    losses = original(self, batch, step)
+    if (step, os.environ["RANK"]) != (1, "1"):
+        return losses
+    return dataclasses.replace(losses, total=losses.total * float("nan"))
+objective.Objective.__call__ = spoilt
+sys.exit(cli.main(sys.argv[1:]))
+"""
 FLAGS = ["--train-limit", 20, "--dev-limit", 10, "--epochs", 1, "--max-steps", 3]
 
 
@@ -62,9 +77,10 @@ def test_two_ranks_equal_one_process(encoder: Path, tmp_path: Path) -> None:
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())
         assert metrics["steps"] == 3
         assert all(line["smoothness"] > 0 for line in metrics["epochs"][0]["losses"].values())
-        lines[name] = metrics["dev"]
-    for task, values in lines["one"].items():
-        assert lines["two"][task] == pytest.approx(values, abs=1e-6)
+        (lines[name],) = metrics["epochs"]
+    for part in ("dev", "losses"):  # the losses of all rows, not of the first process's
+        for task, values in lines["one"][part].items():
+            assert lines["two"][part][task] == pytest.approx(values, abs=1e-6), (part, task)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
@@ -77,3 +93,16 @@ def test_ranks_agree_under_dropout_and_one_does_not_go_on_for_two(
     (tmp_path / "two" / "metrics.json").unlink()
     assert main(["--output-dir", str(tmp_path / "two"), "--resume"]) == 2
     assert "the run had 2 processes, here are 1" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+def test_a_loss_that_is_no_number_in_one_rank_ends_both(encoder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "spoilt.py"
+    file.write_text(SPOILT.format(examples=str(ROOT / "examples")))
+    flags = ["--output-dir", tmp_path / "run", "--encoder", encoder, *FLAGS, "--batch-size", 4]
+    found = subprocess.run(command(*flags, processes=2, file=file), **run_options())  # type: ignore[call-overload]
+    assert found.returncode != 0
+    said = [line for line in found.stderr.splitlines() if line.startswith(("error:", "[rank"))]
+    assert len(said) == 2, found.stderr[-3000:]
+    assert all("the run has diverged: at step 2 the loss of" in line for line in said)
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))

@@ -137,6 +137,7 @@ def test_defective_data(
         (["--resume"], "--resume: name the run to go on with, as --output-dir"),
         (["--split", "test"], "--split: goes with --evaluate only"),
         (["--step-size", "0.5"], "--step-size: has no effect with --ascent-steps 0; add --ascent-steps 1"),
+        (["--ascent", "steepest"], "--ascent: has no effect with --ascent-steps 0; add --ascent-steps 1"),
         (["--noise-std", "0.5"], "--noise-std: has no effect with --start towards_uniform; add --start noise"),
         (["--encoder", "~nobody-of-this-name/x"], "--encoder ~nobody-of-this-name/x: no such folder"),
         (["--init-from", "no/such/run"], "--init-from no/such/run: no such folder"),
@@ -225,6 +226,8 @@ def test_evaluating_what_is_no_run(tmp_path: Path, refused: Callable[..., str]) 
     (tmp_path / "settings.json").write_text(json.dumps({"config": "vanilla", "tasks": ["sst"]}))
     assert "the run has no checkpoint yet" in refused("--evaluate", tmp_path)
     assert "--lr: has no effect with --evaluate" in refused("--evaluate", tmp_path, "--lr", "1")
+    limited = refused("--evaluate", tmp_path, "--split", "test", "--dev-limit", "3")
+    assert "--dev-limit: has no effect with --split test, which is evaluated whole" in limited
     assert [p.name for p in tmp_path.iterdir()] == ["settings.json"]
 
 

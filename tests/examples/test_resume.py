@@ -1,5 +1,6 @@
 """A run that was killed, at any moment, ends with the very weights of one that was not."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from example_tools import ROOT, SAMPLE, command, run_options, tiny_encoder
 from fault_tools import assert_same_end
 
+from minbert import checkpoint
 from minbert.checkpoint import latest
 from minbert.cli import main
 from minbert.distributed import Place, random_states, set_random_state
@@ -122,9 +124,27 @@ def test_a_run_goes_on_where_it_was_and_with_the_dev_data_it_had(
     assert f"--resume {folder}: the dev data is not what the run began with" in capsys.readouterr().err
     assert main(["--evaluate", str(folder), "--data-dir", str(SAMPLE)]) == 0
     assert f"note: {folder} is not complete; these are its weights at step-00000008" in capsys.readouterr().err
+    assert main(["--evaluate", str(folder), "--data-dir", ""]) == 2  # the sample is what comes without the flag
+    capsys.readouterr()
     arguments = ["--evaluate", str(folder), "--data-dir", str(SAMPLE), "--output-dir", str(folder)]
     assert main(arguments) == 2
     assert "holds a run; name another folder for the predictions" in capsys.readouterr().err
+
+
+def test_times_are_those_of_the_whole_run(uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while its results were written, so that nothing is left to train."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    before = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").unlink()
+    load = checkpoint.load_state
+    saved = load(latest(folder))["seconds"]
+    assert 0 < saved <= before["seconds"] + 0.05
+    monkeypatch.setattr(checkpoint, "load_state", lambda path: {**load(path), "seconds": 1000.0})
+    assert main(["--output-dir", str(folder), "--resume"]) == 0
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert 1000 < metrics["seconds"] < 1100
+    assert metrics["step_seconds_median"] == before["step_seconds_median"] > 0
 
 
 def test_a_random_state_of_another_kind_of_device_is_told_of() -> None:

@@ -178,7 +178,7 @@ def test_finetuning_starts_from_a_pretrain_run(
         ["--preset", "report", "--lr-schedule", "equation3"],
         ["--amp", "bf16", "--epsilon", "0.5"],
         ["--norm", "2", "--norm-over", "token", "--ascent-steps", "2", "--beta", "paper", "--inner-steps", "2"],
-        ["--smart-dropout", "independent", "--detach-reference", "--ascent", "normalized"],
+        ["--smart-dropout", "independent", "--detach-reference", "--ascent", "normalized", "--ascent-steps", "1"],
     ],
     ids=lambda arguments: arguments[0],
 )

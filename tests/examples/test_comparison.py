@@ -177,6 +177,21 @@ def test_a_stage_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     assert arms_cli.main(["report", "--results", str(tmp_path / "results"), "--output-dir", str(tmp_path / "out")]) == 0
     assert "| smart |" in (tmp_path / "out" / "tables.md").read_text()
     assert (tmp_path / "out" / "gain-sst.png").read_bytes().startswith(b"\x89PNG")
+    lost.unlink()
+    other = folder / "smart.0.seed2.json"
+    write_json(other, json.loads(other.read_text()) | {"data": "other"})
+    with pytest.raises(InputError, match=r"has data 'other', t-vanilla\.0\.seed2 has '"):
+        workers.complete("estimate", tmp_path / "results", SAMPLE, **options)
+    assert not lost.exists()  # what cannot be compared is not left there
+
+
+def test_records_of_another_code_are_refused_before_a_run_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "estimate" / "x.json", made_up(upcoming(ESTIMATE, [])[0]) | {"code": "0123456789abcdef"})
+    monkeypatch.setattr(workers, "make", lambda *_: pytest.fail("a run was made"))
+    with pytest.raises(InputError, match=r"has code '0123456789abcdef'.*give --results another folder"):
+        workers.complete("estimate", tmp_path, SAMPLE, workers=1)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"name": "x"}', "{"])
@@ -214,7 +229,9 @@ def test_a_mistake_is_one_line(
 
 def test_one_worker_makes_any_number_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's pool can wait for ever where it replaces a process after so many tasks, so that one is not asked to."""
-    monkeypatch.setattr(workers, "run", str)  # a run of no time
+    monkeypatch.setattr(workers, "run", str)  # a run of no time, whose record is none
+    monkeypatch.setattr(workers, "read", lambda _: [])
+    monkeypatch.setattr(workers, "refuse_mixed", lambda *_: None)
     workers.make([SimpleNamespace(name=f"run{i}") for i in range(50)], tmp_path, {}, 1, "estimate")  # type: ignore[misc]
     assert len(list(tmp_path.iterdir())) == 50
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 import smartreg
 
 from .. import InputError
+from ..files import read_json
 
 RESULTS = Path(__file__).parent / "results"
 ZERO_SHOT = "zero-shot.json"
@@ -116,8 +118,21 @@ def read(folder: Path) -> list[Record]:
 def read_zero_shot(results: Path) -> dict[str, float]:
     """The main metrics before any training, by task; empty if they were not measured."""
     file = results / ZERO_SHOT
-    found: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found: dict[str, float] = read_json(file) if file.exists() else {}
     return found
+
+
+def refuse_additions(records: Iterable[Record], device: str, where: str) -> None:
+    """Raises InputError where a run made now could not be compared with the records that are there."""
+    now = {"code": code_version(), "torch": torch.__version__, "device": device}
+    for record in records:
+        for name, own in now.items():
+            if record[name] != own:
+                raise InputError(
+                    f"{where}: {record['name']} has {name} {record[name]!r}, a run made here would have {own!r}, "
+                    f"and runs are compared with runs of the same only: give --results another folder to make the "
+                    f"stage anew, or check out commit {record['commit'][:10]}, by which it was begun"
+                )
 
 
 def refuse_mixed(records: Iterable[Record], where: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..files import write_text, writing
-from .record import Record, read
+from .record import Record, read, refuse_additions, refuse_mixed
 from .stages import STAGES, Stage, check_budget, upcoming
 from .trial import Trial, run
 
@@ -44,7 +44,8 @@ def complete(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     searched = read(results / stage.settings_from) if stage.settings_from is not None else []
-    while trials := upcoming(stage, read(folder), searched):
+    while trials := upcoming(stage, records := read(folder), searched):
+        refuse_additions(records, device, str(folder))
         make(trials, folder, {"folder": data, "device": device, "encoder": encoder}, workers, name)
     if stage.rungs:
         check_budget(stage, read(folder))
@@ -58,7 +59,9 @@ def make(trials: Sequence[Trial], folder: Path, options: dict[str, Any], workers
         running: dict[Future[Record], Trial] = {pool.submit(run, trial, **options): trial for trial in trials}
         try:
             for future in tqdm(as_completed(running), total=len(running), desc=note, unit="run", disable=None):
-                text = json.dumps(future.result(), allow_nan=False)
+                record = future.result()
+                refuse_mixed([*read(folder), record], str(folder))  # it may be of other data than those before
+                text = json.dumps(record, allow_nan=False)
                 write_text(folder / f"{running[future].name}.json", text + "\n")
         except BaseException:
             pool.shutdown(cancel_futures=True, wait=False)

@@ -6,7 +6,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from smartreg import SmartWarning
 
-from . import Diverged, InputError, OutputError, distributed
+from . import Diverged, InputError, OutputError, distributed, files
 from .evaluate import evaluate_run
 from .files import one_line
 from .run import train_run
@@ -94,14 +94,20 @@ def main(arguments: list[str] | None = None) -> int:
 def exit_code(work: Callable[[], int], after_interrupt: str) -> int:
     """Does some work and returns its exit code.
 
-    0: done; 2: what was given cannot be used; 3: a file cannot be written; 4: the loss is no number any more;
+    0: done, even where nobody reads the output any more;
+    2: what was given cannot be used; 3: a file cannot be written; 4: the loss is no number any more;
     130: Ctrl-C; 143: SIGTERM, after saving. All but 0 come with one line on stderr.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no valid Unicode
     try:
         with lines_for_warnings():
-            return work()
+            code = work()
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # the reader has seen enough, as `head` does; nothing is left to say at exit either
+        files.to_nowhere(sys.stdout)
+        return 0
     except (InputError, OutputError, Diverged) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return {InputError: 2, OutputError: 3, Diverged: 4}[type(error)]
@@ -153,4 +159,5 @@ def lines_for_warnings() -> Iterator[None]:
 
 
 def _tell(warning: Warning | str) -> None:
-    tqdm.write(f"warning: {one_line(warning)}", file=sys.stderr)  # which takes a bar away for as long as it writes
+    with suppress(BrokenPipeError):  # nobody reads it
+        tqdm.write(f"warning: {one_line(warning)}", file=sys.stderr)  # which takes a bar away for as long as it writes

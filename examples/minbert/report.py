@@ -15,7 +15,7 @@ from .batching import TokenSet
 from .data import Split
 from .distributed import Place
 from .evaluate import write_predictions
-from .files import one_line, replacing, write_json
+from .files import one_line, replacing, to_nowhere, write_json
 from .settings import CONFIGS, Settings
 from .tasks import TASKS, baseline
 from .train import Trainer
@@ -23,6 +23,15 @@ from .words import meaning
 
 LEGEND = "Pearson of a constant answer counts as 0. nll: negative log-likelihood per example, lower is better."
 COLOURS = {"sst": "#1b6ca8", "para": "#d1495b", "sts": "#2e8b57", "cfimdb": "#8d6a9f"}
+
+
+class Outlet(Console):
+    """Where a run tells what it does; if the reader goes away, as `head` does, it trains on without one."""
+
+    def on_broken_pipe(self) -> None:
+        """As the parent's, but the program goes on."""
+        to_nowhere(self.file)
+        self.quiet = True
 
 
 def print_header(console: Console, settings: Settings, place: Place, encoder: str, folder: object) -> None:

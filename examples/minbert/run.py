@@ -17,7 +17,7 @@ from .extras import Extras
 from .model import MultitaskModel, build_model, encoder_config, model_shapes
 from .optimizer import schedule_note
 from .pretrained import resolve_encoder
-from .report import finish, note, print_data, print_header, say
+from .report import Outlet, finish, note, print_data, print_header, say
 from .settings import Settings, refuse_idle, resolve
 from .tasks import TASKS
 from .train import Stopped, Trainer
@@ -37,7 +37,7 @@ def train_run(given: dict[str, Any]) -> int:
         settings = run_folder.settings_to_resume(folder, given, settings)
     refuse_idle(given, settings)
     place = distributed.join(settings.device)
-    console = Console(file=sys.stdout if place.first else open(os.devnull, "w"), soft_wrap=False)  # noqa: SIM115
+    console = Outlet(file=sys.stdout if place.first else open(os.devnull, "w"), soft_wrap=False)  # noqa: SIM115
     if resume and folder is not None and run_folder.complete(folder):
         console.print(f"{folder} is complete already; nothing to resume", highlight=False, markup=False)
         return 0

@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -403,6 +404,16 @@ def test_two_runs_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "sst accuracy: 1.0000 and 0.0000, +1.0000 [+1.0000, +1.0000]\n"
     assert arms_cli.main(["pair", runs[0], str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'}")
+    write_json(tmp_path / "fewer" / "metrics.json", {"tasks": ["sst"], "settings": settings | {"dev_limit": 10}})
+    assert arms_cli.main(["pair", str(tmp_path / "fewer"), runs[0]]) == 2
+    assert "fewer/predictions/sst-dev-output.csv: no such file" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "wrong" / "predictions", tmp_path / "fewer" / "predictions")
+    assert arms_cli.main(["pair", runs[0], str(tmp_path / "fewer")]) == 0
+    assert arms_cli.main(["pair", str(tmp_path / "fewer"), runs[0]]) == 2
+    assert f"compare runs with the same --data-dir and --dev-limit as {tmp_path / 'fewer'}" in capsys.readouterr().err
+    write_json(tmp_path / "fewer" / "metrics.json", {"accuracy": 0.9})
+    assert arms_cli.main(["pair", str(tmp_path / "fewer"), runs[0]]) == 2
+    assert "fewer/metrics.json: no metrics of a run of minbert_multitask.py" in capsys.readouterr().err
 
 
 def test_half_made_stages_are_paired_by_what_all_arms_have(tmp_path: Path) -> None:

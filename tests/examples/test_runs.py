@@ -3,11 +3,12 @@
 import csv
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from example_tools import SAMPLE, tiny_encoder
+from example_tools import SAMPLE, command, run_options, tiny_encoder
 from safetensors.torch import load_file
 from scipy.stats import pearsonr
 
@@ -186,6 +187,24 @@ def test_flags_that_change_how_it_trains(arguments: list[str], encoder: Path, tm
     metrics = run(tmp_path / "run", encoder, *arguments)
     assert metrics["epochs"][0]["losses"]["sst"]["smoothness"] > 0
     assert all(values["n"] == 20 for values in metrics["dev"].values())
+
+
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_reader_that_goes_away_ends_nothing(lines: int, encoder: Path, tmp_path: Path) -> None:
+    """As `head` does."""
+    flags = ["--encoder", encoder, "--tasks", "sst", "--train-limit", 24, "--dev-limit", 10, "--batch-size", 4]
+    whole = ["--output-dir", tmp_path / "run", *flags, "--epochs", 2]
+    ended = []
+    for arguments in (whole, ["--evaluate", tmp_path / "run"]):
+        options = {key: value for key, value in run_options().items() if key in ("text", "env")}
+        with subprocess.Popen(command(*arguments), stdout=-1, stderr=-1, **options) as started:  # type: ignore[call-overload]
+            for _ in range(lines):
+                started.stdout.readline()
+            started.stdout.close()
+            said = started.stderr.read()
+        ended.append((said, started.returncode))
+    assert ended == [("", 0), ("", 0)]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 12
 
 
 def test_a_compiled_run_trains_alike(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

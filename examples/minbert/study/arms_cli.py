@@ -40,11 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns the exit code, as those of a run."""
 
     def work() -> int:
-        try:
-            obey(build_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader has seen enough, as `head` does; nothing is left to say at exit either
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        obey(build_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
         return 0
 
     return exit_code(work, "the same command goes on")

@@ -146,7 +146,8 @@ def report(folder: Path, results: dict[Run, dict[str, Any]], reference: str, res
 
 def _predictions(folder: Path, mode: str, config: str, seeds: list[int], task: str, ids: list[str]) -> Array:
     """Dev predictions of all seeds, (seeds, n)."""
-    return np.array([predictions(folder / "runs" / Run(mode, config, seed).name, task, ids) for seed in seeds])
+    runs = [folder / "runs" / Run(mode, config, seed).name for seed in seeds]
+    return np.array([predictions(run, task, ids, "remove its run's folder to make it anew") for run in runs])
 
 
 def _remember(folder: Path, setup: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Measure how much of the maximum that defines the regularizer each way of searching reaches, and at what cost.
 
-    python examples/benchmarks/adversary.py --output-dir docs/assets/adversary
+    python examples/benchmarks/adversary.py --output-dir runs/adversary
 
 writes `adversary.json`, `adversary.md` (the tables) and `adversary.png` (share against cost). The JSON is written after
 every cell, and a command that is given again goes on after the last one.
@@ -75,6 +75,8 @@ class Study:
 
     def run(self, cells: tuple[Cell, ...]) -> None:
         done = self.results["cells"]
+        if all(cell.key in done for cell in cells):
+            print(f"{self.folder} has all {len(cells)} cells already", flush=True)
         search = {"steps": self.options["search_steps"], "restarts": self.options["search_restarts"]}
         for number, cell in enumerate(cells, 1):
             if cell.key not in done:

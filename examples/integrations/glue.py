@@ -1,6 +1,6 @@
 """Fine-tunes a classifier with the Trainer of transformers: SMART is two class names and three fields.
 
-python examples/integrations/glue.py --epochs 1
+python examples/integrations/glue.py --model FOLDER --epochs 1
 """
 
 import argparse

@@ -105,7 +105,7 @@ def divergence_of(
             of the user's own gets the kept positions alone, as tensors (kept, ...).
 
     Returns:
-        A scalar tensor, on the graphs of both.
+        A scalar tensor in float32 at least, on the graphs of both.
 
     Raises:
         TypeError: The divergence returned something else than a floating-point tensor.
@@ -221,7 +221,7 @@ def _scalar(divergence: Divergence, first: Tensor, second: Tensor, keep: Tensor 
         )
     if not value.is_floating_point():
         raise TypeError(f"divergence must return a floating-point tensor, got {value.dtype}")
-    return value
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _plain_name(divergence: Divergence) -> str:

@@ -210,7 +210,7 @@ def _swept_batch(smart: SmartLoss, forward: Forward, query: Query) -> Sweep:
     uniform = replace(adversary, settings=replace(smart.settings, start="towards_uniform"))
     restart = uniform.begin(passes, clean, query).start
     autocast = smart.settings.ascent_autocast
-    exact = objective.reference if autocast else passes.reference_without_autocast()
+    exact = objective.reference if autocast else passes.reference_without_autocast()[0]
     # Not frozen: where nothing needs a gradient some layers take another path, with other rounding.
     penalty = replace(objective, run=passes.perturbed)
     run = partial(passes.perturbed, freeze=True, autocast=autocast)

@@ -162,7 +162,7 @@ def smoothness_penalty(
     fixed = tuple(tensor.detach() for tensor in clean.compared) if detach_reference else clean.compared
     with passes.perturbed(found.perturbations) as perturbed:
         penalty = divergence_of(resolved, perturbed, fixed, output_mask)
-    looks.outcome.look(clean.compared, found, penalty.detach(), output_mask)
+    looks.outcome.look(clean.compared, found, penalty.detach(), output_mask, clean.autocast_dtype)
     return SmartOutput(outputs, penalty)
 
 
@@ -233,9 +233,13 @@ class _FunctionPasses:
         with self.perturbed([nothing], freeze=True, autocast=autocast) as compared:
             return tuple(tensor.detach() for tensor in compared)
 
-    def reference_without_autocast(self) -> tuple[Tensor, ...]:
-        """The tensors to compare of a clean pass with autocast off, detached."""
-        return self.repeated(autocast=False)
+    def reference_without_autocast(self) -> tuple[tuple[Tensor, ...], bool]:
+        """The tensors to compare of a clean pass with autocast off, detached; one inside of `fn` is not seen."""
+        return self.repeated(autocast=False), False
+
+    def undone(self) -> contextlib.AbstractContextManager[None]:
+        """Does nothing: what `fn` writes to is not known."""
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def same_dropout(self) -> Iterator[None]:

@@ -53,7 +53,8 @@ class SlantedTriangle:
     @property
     def cut(self) -> int:
         """The step at which the rate is largest."""
-        return math.floor(self.total_steps * self.cut_frac)
+        # Rounded first: 100 * 0.29 is 28.999999999999996.
+        return math.floor(round(self.total_steps * self.cut_frac, 9))
 
     def __call__(self, step: int) -> float:
         """The factor at a step."""

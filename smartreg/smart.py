@@ -281,7 +281,7 @@ class SmartLoss(nn.Module):
         self._remember_draws = worth_remembering(clean.embeddings)
         penalty = penalty.detach()
         start = penalty if found.start_divergence is None else found.start_divergence
-        self._looks.outcome.look(clean.compared, found, penalty, output_mask)
+        self._looks.outcome.look(clean.compared, found, penalty, output_mask, clean.autocast_dtype)
         self.stats = SmartStats(penalty, start, found.largest(), found.bad_examples, found.radius_used)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

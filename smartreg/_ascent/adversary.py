@@ -59,8 +59,11 @@ class Passes(Repeated, Protocol):
     ) -> AbstractContextManager[tuple[Tensor, ...]]:
         """A pass with perturbations; with `freeze` nothing but they needs a gradient."""
 
-    def reference_without_autocast(self) -> tuple[Tensor, ...]:
-        """f(x) with the user's autocast off, detached."""
+    def reference_without_autocast(self) -> tuple[tuple[Tensor, ...], bool]:
+        """f(x) with the user's autocast off, detached, and whether another one was on inside of f."""
+
+    def undone(self) -> AbstractContextManager[None]:
+        """In this block whatever is written to the state of the model is undone at its end."""
 
 
 class Query(NamedTuple):
@@ -127,7 +130,11 @@ class Adversary:
             u = given_cotangents(fixed, noise)
         u = [_kept(one, keep) for one, keep in zip(u, keep_of(query.output_mask, fixed), strict=True)]
         zeros = [torch.zeros_like(ball.embeddings, dtype=ball.norm_scale.dtype) for ball in balls]
-        return Position(objective, balls, gradient_start(balls, objective.pullback(u, zeros, clean.graph)))
+        if clean.graph is None:
+            return Position(objective, balls, gradient_start(balls, objective.pullback(u, zeros)))
+        with passes.undone():  # a checkpointed part of the model runs again, under the user's own graph
+            gradients = objective.pullback(u, zeros, clean.graph)
+        return Position(objective, balls, gradient_start(balls, gradients))
 
     def search(self, passes: Passes, clean: Clean, position: Position) -> Found:
         """The perturbation of each look-up: Algorithm 1, after a look at the precision."""
@@ -138,7 +145,10 @@ class Adversary:
                     self.looks.outcome.expect_nothing()
         if clean.autocast_dtype is not None and not self.settings.ascent_autocast:
             run = partial(passes.perturbed, freeze=True, autocast=False)
-            objective = replace(objective, run=run, reference=passes.reference_without_autocast())
+            reference, inside = passes.reference_without_autocast()
+            if inside:
+                self.looks.outcome.tell_of_autocast()
+            objective = replace(objective, run=run, reference=reference)
         return search(objective, balls, start)
 
 

@@ -122,11 +122,29 @@ class OutcomeCheck:
         """A perturbation without effect is no news, since something has been said about it."""
         self._said.add("idle")
 
-    def look(self, clean: Sequence[Tensor], found: Found, penalty: Tensor, output_mask: Masks) -> None:
+    def tell_of_autocast(self) -> None:
+        """Warn that `ascent_autocast=False` has nothing to switch off."""
+        if "autocast" not in self._said:
+            self._said.add("autocast")
+            warn(
+                "ascent_autocast=False has no effect: autocast is entered inside of forward, as in a model that "
+                "accelerate has prepared, where nothing outside can switch it off. Give SmartLoss the model without "
+                "that (accelerator.unwrap_model(model, keep_fp32_wrapper=False)) and call it in an autocast of your own"
+            )
+
+    def look(
+        self,
+        clean: Sequence[Tensor],
+        found: Found,
+        penalty: Tensor,
+        output_mask: Masks,
+        autocast: torch.dtype | None,
+    ) -> None:
         """Warn if no example had a gradient to follow, or the penalty is not finite.
 
         Args:
             clean: The tensors to compare of the clean pass.
+            autocast: What autocast made of float32 in it; None where it was off.
             found: What the search found.
             penalty: The value, detached.
             output_mask: Which positions were compared.
@@ -139,25 +157,23 @@ class OutcomeCheck:
             if "broken" not in self._said:
                 self._said.add("broken")
                 warn(_broken(value, clean))
-        elif "idle" not in self._said and found.moves and _all_bad(found):
+        elif "idle" not in self._said and found.moves and _all_bad(found, autocast):
             if not all(keep is None or bool(keep.any()) for keep in keep_of(output_mask, clean)):
                 return  # there was nothing to compare
             self._said.add("idle")
             warn(
                 f"no example of this call had a gradient to follow ({int(found.bad_examples)} of them zero or not "
                 f"finite; penalty {value:.3g}). Either mask has the other convention: it must "
-                f"be 1 or True at real tokens, and marks {float(found.share_real()):.0%} of the positions as such; "
+                f"be 1 or True at real tokens, and marks {found.share_real():.0%} of the positions as such; "
                 f"pass ~mask if it marks padding. Or the output does not depend on the embeddings there, or its "
                 f"gradients are not finite"
             )
 
 
-def _all_bad(found: Found) -> bool:
+def _all_bad(found: Found, autocast: torch.dtype | None) -> bool:
     """Whether no example had a gradient, other than for a loss scale that float16 has yet to find."""
     embedded = found.balls[0].embeddings
-    device = embedded.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    masked = embedded.numel() > 0 and float(found.share_real()) == 0  # nothing was left to have a gradient
+    masked = embedded.numel() > 0 and found.share_real() == 0  # nothing was left to have a gradient
     found_none = (int(found.bad_examples) > 0 or masked) and bool(found.all_bad)
     return torch.float16 not in (embedded.dtype, autocast) and found_none
 

@@ -97,7 +97,9 @@ class Objective:
             return gradients
         if adjust_scale:
             self.loss_scale.update(scale, gradients)
-        return [gradient / scale.to(gradient.device) for gradient in gradients]
+        # In float32: what the scale lifted into the range of float16 would fall out of it again.
+        wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
+        return [gradient / scale.to(gradient.device) for gradient in wide]
 
 
 def _inner_product(cotangents: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:

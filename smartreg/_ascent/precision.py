@@ -71,10 +71,12 @@ class PrecisionCheck:
         if settings.ascent != "normalized":
             asked["epsilon"] = (_epsilon_size(balls), coarse)
         doubtful = {name: size for name, (size, limit) in asked.items() if 0 < size < _SAFE * limit}
+        if not doubtful:
+            return False
         # A start along a gradient moves the output so much that curvature would pass for rounding: noise of our own.
         noise = start if settings.start == "noise" else [_own_noise(ball) for ball in balls]
         directions = [direction_of(ball, nu) for ball, nu in zip(balls, noise, strict=True)]
-        if not doubtful or not any(bool(direction.any()) for direction in directions):
+        if not any(bool(direction.any()) for direction in directions):
             return False
         needed = smallest_useful(objective, balls, directions)
         drowned = {name: size for name, size in doubtful.items() if needed is not None and size < needed}
@@ -107,7 +109,8 @@ def direction_of(ball: Ball, noise: Tensor) -> Tensor:
 
 def _own_noise(ball: Ball) -> Tensor:
     """Standard normal entries, always the same, that leave every generator of the user's alone."""
-    values = torch.randn(ball.embeddings.shape, generator=torch.Generator().manual_seed(0))
+    drawn = torch.Generator("cpu").manual_seed(0)  # said, since the user may have set another default device
+    values = torch.randn(ball.embeddings.shape, generator=drawn, device="cpu")
     return ball.hide_padding(values.to(ball.embeddings.device, ball.entry_scale.dtype))
 
 

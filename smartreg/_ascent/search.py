@@ -40,10 +40,11 @@ class Found:
         settings = self.balls[0].settings
         return settings.epsilon > 0 or settings.ascent == "normalized"
 
-    def share_real(self) -> Tensor:
+    def share_real(self) -> float:
         """How many of all positions may be perturbed."""
-        real = [1.0 if ball.mask is None else ball.mask.float().mean().cpu() for ball in self.balls]
-        return torch.as_tensor(real).mean()
+        return sum(1.0 if ball.mask is None else float(ball.mask.float().mean()) for ball in self.balls) / len(
+            self.balls
+        )
 
     def largest(self) -> Tensor:
         """The largest absolute entry of any perturbation."""

@@ -2,8 +2,9 @@
 
 Restoring the attributes of a module brings back the list that it held, not what stood in the list. Here are the
 contents: of lists, dicts, sets and deques, however nested, of tensors that are plain attributes or stand in such a
-container, and of the dicts and objects in which the user's forward hooks keep features. A list that a hook appends to
-is left alone: it is the log of somebody who wants to see every pass.
+container or in a tuple, and of the dicts and objects in which the user's forward hooks keep features. A list that a
+hook appends to is left alone: it is the log of somebody who wants to see every pass. Arrays of numpy, and objects of
+other classes that a module holds, are not looked into.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import random
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from functools import partial
 from operator import is_
 from types import FunctionType, ModuleType
@@ -89,24 +90,26 @@ class HeldState:
         self._contents = [
             _Contents(container, before, _copy(container))
             for container, before, _ in self._contents
-            if not _same(container, before) or any(id(item) in written for item in _items(before))
+            if not _same(container, before) or any(_reaches(item, written) for item in _items(before))
         ]
 
-    def fresh(self) -> dict[int, Tensor]:
-        """For each tensor that the clean pass wrote to, by id, another with the content from before it."""
-        return {id(w.tensor): w.content.clone() for w in self._tensors if w.content is not None}
+    def fresh(self, *, now: bool = False) -> dict[int, Tensor]:
+        """For each tensor that the clean pass wrote to, by id, another with the content from before it, or of now."""
+        pairs = [(w.tensor, w.tensor.detach() if now else w.content) for w in self._tensors]
+        return {id(tensor): content.clone() for tensor, content in pairs if content is not None}
 
     @contextlib.contextmanager
-    def replayed(self, fresh: dict[int, Tensor], *, keep: bool = False) -> Iterator[None]:
+    def replayed(self, fresh: dict[int, Tensor], *, keep: bool = False, now: bool = False) -> Iterator[None]:
         """Start the block from the contents before the clean pass, and end it with those after.
 
         Args:
             fresh: From `fresh`, what stands in the place of tensors that were written to.
             keep: Leave what the block puts into containers (it belongs to the graph that lives on).
+            now: Start from the contents after the clean pass instead.
         """
         try:
-            for container, before, _ in self._contents:
-                _put(container, before, fresh)
+            for container, before, after in self._contents:
+                _put(container, after if now else before, fresh)
             yield
         except BaseException:
             self.leave()
@@ -209,15 +212,34 @@ def _same(container: Any, content: Any) -> bool:
     return keys and all(map(is_, _items(container), _items(content)))
 
 
+def replaced(value: Any, instead: dict[int, Tensor]) -> Any:
+    """What stands in the place of a value; a tuple is made anew if that is so of something in it.
+
+    Examples:
+        >>> state = torch.zeros(1)
+        >>> replaced((1, (state,)), {id(state): torch.ones(1)})
+        (1, (tensor([1.]),))
+    """
+    if not isinstance(value, tuple) or not _reaches(value, instead):
+        return instead.get(id(value), value)
+    items = [replaced(item, instead) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def _reaches(value: Any, ids: Container[int]) -> bool:
+    """Whether it, or anything in a tuple that it is, is one of these."""
+    return id(value) in ids or (isinstance(value, tuple) and any(_reaches(item, ids) for item in value))
+
+
 def _put(container: Any, content: Any, instead: dict[int, Tensor]) -> None:
     """Make `content` what stands in the container, with another object in the place of some."""
     if isinstance(content, dict):
-        restore(container, {key: instead.get(id(value), value) for key, value in content.items()})
+        restore(container, {key: replaced(value, instead) for key, value in content.items()})
         if list(container) != list(content):
             for key in content:
                 container[key] = container.pop(key)
         return
-    wanted = [instead.get(id(item), item) for item in content]
+    wanted = [replaced(item, instead) for item in content]
     if isinstance(content, set):
         container.intersection_update(wanted)
         container.update(wanted)

@@ -154,20 +154,24 @@ class ModelPasses:
         """The code of `forward`, and the mode of the model: what can be repeated here need not be elsewhere."""
         return code_of(self._forward), self._module.training
 
-    def repeated(self, *, autocast: bool = True) -> tuple[Tensor, ...]:
-        """The tensors to compare from a replay of the first pass, without a perturbation, detached.
+    def repeated(self) -> tuple[Tensor, ...]:
+        """The tensors to compare from a replay of the first pass, without a perturbation, detached."""
+        return self._repeated()[0]
 
-        Args:
-            autocast: False switches the user's autocast off.
-        """
+    def reference_without_autocast(self) -> tuple[tuple[Tensor, ...], bool]:
+        """The same with the user's autocast off, and whether one was on all the same, entered inside of `forward`."""
+        compared, record = self._repeated(autocast=False)
+        return compared, record.autocast_dtype is not None
+
+    def _repeated(self, *, autocast: bool = True) -> tuple[tuple[Tensor, ...], EmbeddingPass]:
         record = EmbeddingPass(attached=self._first.attached)  # as the first, for the graphs of torch.compile
         with self._replayed(), self._autocast(autocast), self._without_saving(record):
             compared = compared_tensors(self._forward(self._inner), self._output_to_logits)
-            return tuple(tensor.detach() for tensor in compared)
+            return tuple(tensor.detach() for tensor in compared), record
 
-    def reference_without_autocast(self) -> tuple[Tensor, ...]:
-        """The tensors to compare from a replay of the first pass with the user's autocast off, detached."""
-        return self.repeated(autocast=False)
+    def undone(self) -> contextlib.AbstractContextManager[None]:
+        """In this block whatever is written to buffers, and to what modules hold, is undone at its end."""
+        return self._state.undone()
 
     @contextlib.contextmanager
     def perturbed(
@@ -188,24 +192,19 @@ class ModelPasses:
             autocast: False switches the user's autocast off.
             bases: Embeddings of the clean pass, perturbed in place of what this pass looks up.
         """
-        embedding_pass = EmbeddingPass(perturbations, bases=bases, base_lookups=self._first.lookups_of)
+        record = EmbeddingPass(perturbations, bases=bases, base_lookups=self._first.lookups_of)
         with self._replayed(), self._still(freeze=freeze) if freeze or inner else contextlib.nullcontext():
-            with (
-                self._tap.open(embedding_pass),
-                around_wrapper(self._model),
-                self._autocast(autocast),
-                self._random.draws,
-            ):
+            with self._tap.open(record), around_wrapper(self._model), self._autocast(autocast), self._random.draws:
                 logits = compared_tensors(self._forward(self._inner), self._output_to_logits)
-            if embedding_pass.lookups != len(perturbations):
+            if record.lookups != len(perturbations):
                 raise RuntimeError(
-                    f"the perturbation reached {embedding_pass.lookups} embedding look-ups in a perturbed pass, "
+                    f"the perturbation reached {record.lookups} embedding look-ups in a perturbed pass, "
                     f"expected {len(perturbations)} as in the clean pass: forward must be repeatable"
                     + self._compile_hint()
                 )
-            if embedding_pass.compiled_lookups != self._first.compiled_lookups:
+            if record.compiled_lookups != self._first.compiled_lookups:
                 raise RuntimeError(
-                    f"a perturbed pass ran {embedding_pass.compiled_lookups} of {embedding_pass.lookups} embedding "
+                    f"a perturbed pass ran {record.compiled_lookups} of {record.lookups} embedding "
                     f"look-ups compiled, expected {self._first.compiled_lookups} as in the clean pass: eager and "
                     f"compiled passes draw different dropout masks. torch.compile gives up after a number of graphs; "
                     f"raise torch._dynamo.config.recompile_limit before training, or compile with dynamic=True"
@@ -250,8 +249,8 @@ class ModelPasses:
         if not self._first.lookups:
             raise RuntimeError(
                 "the perturbation cannot reach the model: forward never called the embedding that is perturbed. Check "
-                "that forward runs the module that it is given, and pass embedding= if that is not the layer"
-                + self._compile_hint()
+                "that forward runs the module that it is given, make a new SmartLoss if the embedding was replaced "
+                "since (resize_token_embeddings), and pass embedding= if that is not the layer" + self._compile_hint()
             )
         compared = compared_tensors(outputs, self._output_to_logits)
         self._state.keep_clean()

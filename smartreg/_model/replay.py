@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules_of_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smartreg._model.held import HeldState, restore
+from smartreg._model.held import HeldState, replaced, restore
 from smartreg._model.sources import has_generator, other_sources, torch_sources
 
 
@@ -112,6 +112,20 @@ class ModuleState:
                 for module in self._modules:
                     restore(vars(module), _with(dict(vars(module)), originals))
 
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """What the block writes to buffers and held contents is undone: they stay as the clean pass left them."""
+        fresh = self.held.fresh(now=True)
+        with self.held.replayed(fresh, now=True):
+            try:
+                copies = _copies(self._left_buffers)
+                for module, attributes, own in zip(self._modules, self._left_attributes, copies, strict=True):
+                    restore(vars(module), _with(attributes, fresh))
+                    restore(module._buffers, own)
+                yield
+            finally:
+                self.leave()
+
     def leave(self, *, keep_attributes: bool = False) -> None:
         """Attributes and buffers as the clean pass left them."""
         for module, attributes, buffers in zip(self._modules, self._left_attributes, self._left_buffers, strict=True):
@@ -121,7 +135,7 @@ class ModuleState:
 
 
 def _with(attributes: dict[str, Any], instead: dict[int, Tensor]) -> dict[str, Any]:
-    return {name: instead.get(id(value), value) for name, value in attributes.items()} if instead else attributes
+    return {name: replaced(value, instead) for name, value in attributes.items()} if instead else attributes
 
 
 class Stilled:

@@ -96,6 +96,43 @@ def found_direction(model: models.Encoder, size: float, autocast: torch.dtype | 
     return seen[-1] - seen[0] - size * unit_noise(model).double()
 
 
+@pytest.mark.parametrize("start", ["towards_uniform", "gradient"])
+@pytest.mark.filterwarnings("ignore::smartreg.SmartWarning")  # noise, by which the dtype is judged, averages out here
+def test_gradients_of_long_sentences_do_not_underflow_in_float16(start: str) -> None:
+    """A mean over 512 tokens leaves each a gradient below what float16 holds, once the loss scale is divided out."""
+    torch.manual_seed(0)
+    words, head = nn.Embedding(50, 64), nn.Linear(64, 2)
+    nn.init.normal_(words.weight, std=0.05)
+    nn.init.normal_(head.weight, std=0.02)
+    forward = lambda m: m[1](torch.tanh(m[0](ids)).mean(1))  # noqa: E731  # short
+    ids, found = torch.randint(0, 50, (8, 512)), {}
+    half = nn.ModuleList([words, head]).half()
+    for dtype in (torch.float16, torch.float32):
+        model = copy.deepcopy(half).to(dtype)
+        smart = SmartLoss(model, embedding="0", start=start, generator=torch.Generator().manual_seed(0))
+        found[dtype] = float(smart(forward).penalty.detach())
+        assert smart.stats.bad_examples == 0
+    assert found[torch.float16] == pytest.approx(found[torch.float32], rel=0.1)
+
+
+def test_the_loss_scale_is_not_in_a_step_by_the_size_of_the_gradient() -> None:
+    """`ascent="normalized"` adds the gradient itself to a small number, so that its scale is felt."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.Linear(40, 3))
+    ids = torch.randint(0, 20, (4, 5))
+    sizes = {"epsilon": 1e-3, "step_size": 1e-3, "noise_std": 0.05, "epsilon_scale": "absolute", "norm": "inf"}
+    found = []
+    for dtype in (torch.float16, None):
+        generator = torch.Generator().manual_seed(0)
+        smart = SmartLoss(
+            model, ascent="normalized", start="noise", steps=1, embedding="0", generator=generator, **sizes
+        )
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            smart(lambda m: m(ids))
+        found.append(smart.stats.penalty)
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.filterwarnings("ignore::smartreg.SmartWarning")
 def test_the_ascent_without_autocast_follows_the_exact_direction(dtype: torch.dtype) -> None:

@@ -340,3 +340,43 @@ def test_what_depends_on_no_perturbation_cannot_be_judged() -> None:
     balls: Any = [SimpleNamespace(embeddings=torch.zeros(1, 2, 3))]
     assert agreement(flat, balls, [torch.zeros(1, 2, 3)]) is None
     assert smallest_useful(flat, balls, [torch.zeros(1, 2, 3)]) is None
+
+
+def test_an_autocast_inside_of_forward_cannot_be_switched_off_and_that_is_told_once() -> None:
+    model, ids = models.build(), models.sentences()
+    smart = SmartLoss(model, ascent_autocast=False, steps=1, check_first_call=False)
+
+    def inside(m: nn.Module) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(ids)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            smart(inside)
+    assert [str(w.message).split(":")[0] for w in caught] == ["ascent_autocast=False has no effect"]
+    assert call(smart, torch.bfloat16) == []
+
+
+def test_a_loss_scale_that_settles_is_no_news_where_autocast_is_inside_of_forward() -> None:
+    torch.manual_seed(0)
+    model, ids, bad = (
+        nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.Linear(40, 3)),
+        torch.arange(20).view(4, 5),
+        [],
+    )
+    with torch.no_grad():
+        model[2].weight.mul_(300)
+
+    def inside(m: nn.Module) -> Any:
+        with torch.autocast("cpu", torch.float16):
+            return m(ids).float()
+
+    smart = SmartLoss(model, embedding="0", check_first_call=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(8):
+            smart(inside)
+            bad.append(smart.stats.bad_examples)
+    assert bad[0] == len(ids)  # the first scale was too large
+    assert bad[-1] == 0

@@ -60,6 +60,14 @@ def test_is_howard_and_ruder_wherever_the_cut_is_an_integer(whole: tuple[int, fl
         assert triangle(step) == pytest.approx(theirs, rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("total", "percent"), [(total, percent) for total in (90, 100, 180, 1000) for percent in range(101)]
+)
+def test_the_cut_is_that_of_exact_arithmetic(total: int, percent: int) -> None:
+    """0.29 of 100 steps are 29, and not the floor of 28.999999999999996."""
+    assert SlantedTriangle(total, percent / 100).cut == total * percent // 100
+
+
 def test_howard_and_ruder_undershoot_elsewhere() -> None:
     triangle = SlantedTriangle(19, 0.1, 32.0)
     assert reference.howard_ruder(19, 19, 0.1, 32.0) < 0 < triangle(19) == pytest.approx(1 / 32)

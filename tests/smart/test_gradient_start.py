@@ -1,6 +1,8 @@
 """The start along the pullback of a cotangent through the clean pass: its draws, its ways, and what it leaves alone."""
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -209,6 +211,27 @@ def test_a_checkpointed_layer_is_recomputed_for_the_start_too(memory_efficient: 
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
     for name, gradient in found[0][1].items():
         assert torch.allclose(gradient, found[1][1][name], rtol=1e-9, atol=1e-14)
+
+
+@both_modes
+def test_a_checkpointed_layer_that_counts_is_counted_once(memory_efficient: bool) -> None:
+    """The start's backward runs it once more, ahead of the user's, and what it writes then is taken back."""
+    model = build()
+    model.norm = nn.BatchNorm1d(model.hidden.out_features, dtype=torch.float64)
+    model.seen = [(torch.zeros(()),)]
+    plain = copy.deepcopy(model)
+
+    def block(m: nn.Module, x: Tensor) -> Tensor:
+        m.seen[0][0].add_(1)
+        return m.norm(torch.tanh(m.hidden(x)).mean(dim=1))
+
+    def run(m: nn.Module) -> Tensor:
+        return m.head(checkpoint(partial(block, m), m.embedding(IDS), use_reentrant=False))
+
+    SmartLoss(model, memory_efficient=memory_efficient, **BALL)(run, noise=drawn())
+    run(plain)
+    assert (int(model.norm.num_batches_tracked), float(model.seen[0][0])) == (1, 1.0)
+    assert torch.equal(model.norm.running_mean, plain.norm.running_mean)
 
 
 @both_modes

@@ -251,6 +251,8 @@ def test_penalty_is_float32_at_least() -> None:
     for dtype, expected in ((torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, None)):
         penalty = SmartLoss(build(dtype=dtype))(lambda m: m(IDS)).penalty
         assert penalty.dtype == (expected or torch.float32)
+        own = SmartLoss(build(dtype=dtype), divergence=lambda p, q: (p - q).abs().mean())(lambda m: m(IDS)).penalty
+        assert own.dtype == (expected or torch.float32)
 
 
 def test_paper_values() -> None:

@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -383,3 +383,39 @@ def test_a_ball_without_extent_draws_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert penalty == 0.0
     assert smart.stats.bad_examples == 0
+
+
+class Pair(NamedTuple):
+    hidden: Tensor
+    cell: Tensor
+
+
+@pytest.mark.parametrize("kind", ["tuple", "named", "list of tuples", "dict of tuples", "nested"])
+@both_modes
+def test_what_stands_in_a_tuple_is_as_after_one_pass(memory_efficient: bool, kind: str) -> None:
+    """As the state of a recurrent layer, which torch hands out as a tuple."""
+    model, counter = build(), torch.zeros(2, 1)
+    held = Pair(*counter) if kind == "named" else tuple(counter)
+    model.held = {"list of tuples": [held], "dict of tuples": {"a": held}, "nested": ((held,),)}.get(kind, held)
+
+    def forward(m: Any) -> Tensor:
+        found = {"list of tuples": lambda h: h[0], "dict of tuples": lambda h: h["a"], "nested": lambda h: h[0][0]}
+        state = found.get(kind, lambda h: h)(m.held)
+        assert type(state) is type(held)
+        state[0].add_(1)
+        return m(IDS) * (1 + state[0])
+
+    _, penalty = SmartLoss(model, memory_efficient=memory_efficient, epsilon=0.0)(forward)
+    assert penalty == 0.0  # every pass began with the same state
+    assert counter.flatten().tolist() == [1.0, 0.0]
+    before = model.held
+    SmartLoss(model, memory_efficient=memory_efficient)(forward)
+    assert counter.flatten().tolist() == [2.0, 0.0]
+    assert memory_efficient or model.held is before
+
+
+def test_a_default_device_of_the_user_is_not_where_ours_is_made() -> None:
+    model = build()
+    with torch.device("meta"):
+        _, penalty = SmartLoss(model)(lambda m: m(IDS))
+    assert penalty > 0

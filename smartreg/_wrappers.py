@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, TypeVar, cast
@@ -109,27 +109,28 @@ def code_of(function: Any) -> object:
 
 
 @contextmanager
-def noting_calls(module: nn.Module) -> Iterator[list[bool]]:
-    """Yields a list that is not empty once the module, or any module in it, has run."""
-    called: list[bool] = []
+def noting_calls(modules: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Yields a list of those of the modules that have run, in the order of their calls."""
+    called: list[nn.Module] = []
 
-    def note(*_: Any) -> None:
+    def note(module: nn.Module, *_: Any) -> None:
         # Inside a graph there is nothing to note: what stands around the graph has run too.
         if not torch.compiler.is_compiling():
-            called.append(True)
+            called.append(module)
 
-    handles = [inner.register_forward_pre_hook(note) for inner in module.modules()]
+    watched = list(modules)
+    handles = [module.register_forward_pre_hook(note) for module in watched]
     # `module.compile()` puts the hooks inside the graph, so that the entry itself has to be watched.
-    compiled = [(inner, inner._compiled_call_impl) for inner in module.modules() if inner._compiled_call_impl]
-    for inner, call in compiled:
-        inner._compiled_call_impl = partial(_noted, note, call)
+    compiled = [(module, module._compiled_call_impl) for module in watched if module._compiled_call_impl]
+    for module, call in compiled:
+        module._compiled_call_impl = partial(_noted, partial(note, module), call)
     try:
         yield called
     finally:
         for handle in handles:
             handle.remove()
-        for inner, call in compiled:
-            inner._compiled_call_impl = call
+        for module, call in compiled:
+            module._compiled_call_impl = call
 
 
 def _noted(note: Callable[[], None], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

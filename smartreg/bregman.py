@@ -151,7 +151,8 @@ class MomentumBregman(nn.Module):
         Raises:
             TypeError: `forward` cannot be called, or no tensor can be taken from the outputs.
             ValueError: The two outputs differ in shape, or the divergence returns no scalar.
-            RuntimeError: `forward` never called the teacher, or the model's parameters have changed.
+            RuntimeError: `forward` never called the teacher, or ran trained modules of the model beside it, or the
+                model's parameters have changed.
         """
         if not callable(forward):
             raise TypeError(f"forward must be a function of a module, got {type(forward).__name__}")
@@ -160,12 +161,25 @@ class MomentumBregman(nn.Module):
         self._teacher.follow(unshare=True)
         # The copy has the model's own hooks, and what they have kept of its pass is the user's.
         kept = HeldState(innermost(self._teacher.module)).replayed({})
-        with torch.no_grad(), self._teacher.lent() as module, noting_calls(module) as called, kept:
+        with (
+            torch.no_grad(),
+            self._teacher.lent() as module,
+            noting_calls(module.modules()) as called,
+            noting_calls(self._teacher.trained()) as strays,
+            kept,
+        ):
             teacher_outputs = forward(module)
         if not called:
             raise RuntimeError(
                 "forward never called the teacher given to it, so that the penalty would be 0 for ever: call its "
                 "argument, as in `lambda m: m(**batch)`, not the model"
+            )
+        if strays:
+            raise RuntimeError(
+                f"forward ran {self._teacher.name_of(strays[0])}, which is trained, in place of the teacher's own, so "
+                f"that the penalty would compare the model with itself: run nothing of the model but the argument, and "
+                f"let no forward replaced on an object, and no hook, hold modules of the model. Replace it on the "
+                f"class, or pass teacher= made before"
             )
         teacher = compared_tensors(teacher_outputs, self.output_to_logits)
         check_shapes(student, teacher)

@@ -58,7 +58,9 @@ def smoothness_penalty(
     \[ R_s = \frac1n \sum_i \max_{\|\tilde x_i - x_i\|_p \le \epsilon} \ell_s(f(\tilde x_i), f(x_i)) \]
 
     As in `SmartLoss`, sizes that the dtype in use cannot carry raise a `SmartWarning`, looked at once for each place in
-    the code that `fn` comes from, device, dtype and autocast dtype (not where a `reference` is given).
+    the code that `fn` comes from, device, dtype and autocast dtype (not where a `reference` is given). An autocast has
+    to stand around the call to be seen: one that `fn` enters itself is neither judged nor switched off, and in float16
+    it gets no loss scale.
 
     Args:
         fn: F, run several times; its only randomness is torch's on the CPU and the device of `embeds`. Buffers that it

@@ -22,7 +22,7 @@ class Net(nn.Module):
 def test_it_and_everything_in_it_is_watched() -> None:
     net, other = Net(), Net()
     for run, times in ((lambda: net(X), 3), (lambda: net.second(X), 1), (lambda: other(X), 0), (lambda: None, 0)):
-        with noting_calls(net) as called:
+        with noting_calls(net.modules()) as called:
             run()
         assert len(called) == times
     net(X)
@@ -40,7 +40,7 @@ def test_nothing_is_noted_inside_a_graph(in_place: bool) -> None:
     entry = net._compiled_call_impl
     lists = []
     for _ in range(2):
-        with noting_calls(run) as called, torch.no_grad():
+        with noting_calls(run.modules()) as called, torch.no_grad():
             run(X)
         lists.append(called)
     assert [len(called) for called in lists] == [1, 1]
@@ -49,7 +49,7 @@ def test_nothing_is_noted_inside_a_graph(in_place: bool) -> None:
 
 def test_nothing_is_left_behind_by_a_failure() -> None:
     net = Net()
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), noting_calls(net) as called:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), noting_calls(net.modules()) as called:
         net(torch.ones(1, 5))
     assert len(called) > 0
     assert not any(part._forward_pre_hooks for part in net.modules())

@@ -162,10 +162,11 @@ def written_by(hook: Any) -> Iterator[dict[Any, Any]]:
         >>> list(written_by(lambda module, inputs, output: features.update(out=output))) == [features]
         True
     """
-    yield from (value for value in _in_reach(hook) if isinstance(value, dict))
+    yield from (value for value in in_reach(hook) if isinstance(value, dict))
 
 
-def _in_reach(hook: Any) -> Iterator[Any]:
+def in_reach(hook: Any) -> Iterator[Any]:
+    """What a function holds and names: arguments of a partial, its object's attributes, closure, defaults, globals."""
     while isinstance(hook, partial):
         yield from (*hook.args, *hook.keywords.values())
         hook = hook.func

@@ -87,6 +87,15 @@ class Teacher:
             self._buffers = [(model[name]._buffers, teacher[name]._buffers) for name in both]
         return self._pairs
 
+    def trained(self) -> list[nn.Module]:
+        """The modules of the model that have trained parameters of their own: the teacher must run none of them."""
+        return [module for module in self.model.modules() if any(p.requires_grad for p in module.parameters(False))]
+
+    def name_of(self, module: nn.Module) -> str:
+        """What to call a module of the model in a message."""
+        found = next(name for name, other in self.model.named_modules() if other is module)
+        return f"the model's {type(module).__name__} {found!r}" if found else f"the model, {type(module).__name__},"
+
     def follow(self, *, unshare: bool = False) -> None:
         """Brings the teacher to where the model is: its device, dtype, shared storage and buffers.
 

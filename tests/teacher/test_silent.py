@@ -170,3 +170,64 @@ def test_states_that_no_teacher_saved(change: dict[str, Tensor], message: str) -
     assert bregman.updates == 1
     for name, value in bregman.state_dict().items():
         assert torch.equal(value, kept[name]), name
+
+
+def replaced_forward() -> Net:
+    model = Net()
+    original = model.forward
+    model.forward = lambda *args: original(*args)  # type: ignore[method-assign]
+    return model
+
+
+def replaced_forward_of_a_layer() -> Net:
+    model = Net()
+    original = model.hidden.forward
+    model.hidden.forward = lambda *args: original(*args)  # type: ignore[method-assign]
+    return model
+
+
+def hook_with_a_layer() -> Net:
+    model = Net()
+    adapter = model.adapter = nn.Linear(6, 6)
+    model.hidden.register_forward_hook(lambda module, inputs, output: output + adapter(output))
+    return model
+
+
+@pytest.mark.parametrize("make", [replaced_forward, replaced_forward_of_a_layer, hook_with_a_layer])
+def test_a_function_that_a_copy_takes_along_is_told_of(make: Any) -> None:
+    """`deepcopy` leaves functions as they are, and with them the modules of the model that they hold."""
+    model = make()
+    with pytest.warns(
+        SmartWarning, match=r"holds modules of the model: \w+ has a function \(.*<lambda>\) with the model's own"
+    ):
+        bregman = MomentumBregman(model)
+    if make is not replaced_forward_of_a_layer:  # which runs the method of a layer, and not the layer
+        with pytest.raises(RuntimeError, match=r"forward ran the model's Linear '\w+', which is trained, in place of"):
+            bregman(lambda m: m(X), model(X))
+
+
+def test_a_teacher_that_is_passed_may_have_what_the_model_got_later() -> None:
+    model, teacher = Net(), Net()
+    original = model.forward
+    model.forward = lambda *args: original(*args)  # type: ignore[method-assign]
+    shift(model)
+    assert MomentumBregman(model, teacher=teacher)(lambda m: m(X), model(X)) > 0
+
+
+def test_a_forward_that_runs_the_model_in_part_is_an_error_and_frozen_parts_are_no_matter() -> None:
+    model = Net()
+    bregman = MomentumBregman(model)
+    mixed = lambda m: model.head(m.encode(X))  # noqa: E731  # short
+    with pytest.raises(RuntimeError, match="forward ran the model's Linear 'head', which is trained, in place of"):
+        bregman(mixed, mixed(model))
+    for module in model.modules():  # nothing stays behind
+        assert not module._forward_pre_hooks
+    model.head.requires_grad_(False)
+    shift(model)
+    assert MomentumBregman(model)(mixed, mixed(model)) >= 0
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    seen = []
+    model.hidden.register_forward_hook(lambda module, inputs, output: seen.append(names.get(module)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a hook that knows modules by name is of no concern
+        MomentumBregman(model)

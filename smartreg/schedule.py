@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -53,8 +54,8 @@ class SlantedTriangle:
     @property
     def cut(self) -> int:
         """The step at which the rate is largest."""
-        # Rounded first: 100 * 0.29 is 28.999999999999996.
-        return math.floor(round(self.total_steps * self.cut_frac, 9))
+        # The product may be rounded down: 100 * 0.29 is 28.999999999999996.
+        return math.floor(self.total_steps * self.cut_frac * (1.0 + 4.0 * sys.float_info.epsilon))
 
     def __call__(self, step: int) -> float:
         """The factor at a step."""

@@ -9,7 +9,6 @@ one before is kept, for the case that the last one turns out to be damaged. Noth
 import json
 import os
 import re
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ def last_sound(folder: Path) -> Path | None:
         aside = path.with_name(f"{path.name}.damaged")
         with files.writing(aside):
             os.replace(path, aside)
-        print(f"note: {damage}; it is set aside as {aside.name}, the one before it is used", file=sys.stderr)
+        files.tell(f"note: {damage}; it is set aside as {aside.name}, the one before it is used")
     return None
 
 

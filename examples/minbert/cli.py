@@ -103,28 +103,28 @@ def exit_code(work: Callable[[], int], after_interrupt: str) -> int:
     try:
         with lines_for_warnings():
             code = work()
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by whoever started this
+                sys.stdout.flush()
             return code
     except BrokenPipeError:  # the reader has seen enough, as `head` does; nothing is left to say at exit either
         files.to_nowhere(sys.stdout)
         return 0
     except (InputError, OutputError, Diverged) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        files.tell(f"error: {one_line(error)}")
         return {InputError: 2, OutputError: 3, Diverged: 4}[type(error)]
     except torch.OutOfMemoryError as error:
-        print(
+        files.tell(
             f"error: out of memory on the device ({one_line(error, 200)}); a smaller --batch-size with --grad-accum "
-            f"gives the same updates, --memory-efficient and --gradient-checkpointing take less memory for more time",
-            file=sys.stderr,
+            f"gives the same updates, --memory-efficient and --gradient-checkpointing take less memory for more time"
         )
         return 2
     except OSError as error:  # a name too long, a folder without permission
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        files.tell(f"error: {one_line(error)}")
         return 2
     except Stopped:
         return 143
     except KeyboardInterrupt:
-        print(f"interrupted; {after_interrupt}", file=sys.stderr)
+        files.tell(f"interrupted; {after_interrupt}")
         return 130
     finally:
         distributed.leave()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,7 +116,7 @@ def evaluate_run(given: dict[str, Any]) -> int:
     settings = run_folder.saved_settings(run, "--evaluate")
     saved = checkpoint.last_checkpoint(run, "--evaluate")
     if not run_folder.complete(run):
-        print(f"note: {run} is not complete; these are its weights at {saved.name}", file=sys.stderr)
+        files.tell(f"note: {run} is not complete; these are its weights at {saved.name}")
     output = Path(given["output_dir"]) if "output_dir" in given else None
     if output is not None and output.exists():
         if (output / "settings.json").exists():
@@ -142,7 +141,7 @@ def evaluate_run(given: dict[str, Any]) -> int:
     for name in tasks:
         content = read_split(folder, TASKS[name], split, given.get("dev_limit"))
         for note in content.skipped:
-            print(f"skipped {note}", file=sys.stderr)
+            files.tell(f"skipped {note}")
         data = sets[name] = tokenize(content, tokenizer)
         data.require_embeddings(config.vocab_size)
         if data.labels is not None:
@@ -150,7 +149,7 @@ def evaluate_run(given: dict[str, Any]) -> int:
         else:
             results[name] = {data.task.metric: None, "n": len(data)}
             note = f"predictions written to {output}" if output else "name an --output-dir to get the predictions"
-            print(f"{content.file}: no labels; predicted, not scored; {note}", file=sys.stderr)
+            files.tell(f"{content.file}: no labels; predicted, not scored; {note}")
     if output is not None:
         write_predictions(model, sets, place, split, output)
     if place.first:

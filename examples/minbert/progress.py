@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -133,7 +134,7 @@ def hidden(place: Place) -> bool | None:
 
     In a file a bar would be hundreds of lines in one. tqdm's own variable counts too, which it sets aside for `None`.
     """
-    return True if not place.first or os.environ.get("TQDM_DISABLE") == "1" else None
+    return True if not place.first or os.environ.get("TQDM_DISABLE") == "1" or sys.stderr is None else None
 
 
 def last_loss(losses: Losses) -> str:

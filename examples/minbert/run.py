@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import InputError, checkpoint, distributed, resume, run_folder
+from . import InputError, checkpoint, distributed, files, resume, run_folder
 from .batching import SentenceTokenizer, TokenSet, tokenize
 from .data import SAMPLE, Split, read_split, split_file
 from .distributed import Place
@@ -88,7 +88,7 @@ def train_in(hold: run_folder.Hold, settings: Settings, place: Place, console: C
     except Stopped:
         if place.first:
             message = f"stopped by SIGTERM after step {trainer.step} of {trainer.total_steps}; saved in {folder}, "
-            print(message + "--resume goes on from there", file=sys.stderr)
+            files.tell(message + "--resume goes on from there")
         raise
     finish(trainer, sets, console)
 

@@ -12,7 +12,6 @@ metrics.json       written last: a run that has it is complete
 
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -140,7 +139,7 @@ def locked(folder: Path) -> Iterator[None]:
                 f"--output-dir {folder}: another process is at work in it; wait for it, or name another folder"
             ) from None
         except OSError as error:  # some network file systems
-            print(f"note: {folder} cannot be locked ({error}); let no two runs share it", file=sys.stderr)
+            files.tell(f"note: {folder} cannot be locked ({error}); let no two runs share it")
         yield
 
 

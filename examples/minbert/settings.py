@@ -294,7 +294,8 @@ def refuse_idle(given: dict[str, Any], settings: Settings) -> None:
     """Raises InputError where the user gave what this search does not use; presets may leave some idle."""
     if "noise_std" in given and settings.start != "noise":
         raise InputError(f"--noise-std: has no effect with --start {settings.start}; add --start noise")
-    for name in ("step_size", "ascent"):
+    # Without steps --ascent still says whether noise is brought into the ball.
+    for name in ("step_size", "ascent") if settings.start != "noise" else ("step_size",):
         if name in given and settings.ascent_steps == 0:
             raise InputError(f"{flag(name)}: has no effect with --ascent-steps 0; add --ascent-steps 1")
 

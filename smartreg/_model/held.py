@@ -95,8 +95,11 @@ class HeldState:
 
     def fresh(self, *, now: bool = False) -> dict[int, Tensor]:
         """For each tensor that the clean pass wrote to, by id, another with the content from before it, or of now."""
-        pairs = [(w.tensor, w.tensor.detach() if now else w.content) for w in self._tensors]
-        return {id(tensor): content.clone() for tensor, content in pairs if content is not None}
+        if now:  # what runs again under a graph that is there must find as much to save for it
+            return {
+                id(w.tensor): w.tensor.detach().clone().requires_grad_(w.tensor.requires_grad) for w in self._tensors
+            }
+        return {id(w.tensor): w.content.clone() for w in self._tensors if w.content is not None}
 
     @contextlib.contextmanager
     def replayed(self, fresh: dict[int, Tensor], *, keep: bool = False, now: bool = False) -> Iterator[None]:
@@ -221,15 +224,24 @@ def replaced(value: Any, instead: dict[int, Tensor]) -> Any:
         >>> replaced((1, (state,)), {id(state): torch.ones(1)})
         (1, (tensor([1.]),))
     """
-    if not isinstance(value, tuple) or not _reaches(value, instead):
+    if not _is_open_tuple(value) or not _reaches(value, instead):
         return instead.get(id(value), value)
     items = [replaced(item, instead) for item in value]
-    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    kind = type(value)
+    return kind._make(items) if hasattr(kind, "_make") else kind(items)
 
 
 def _reaches(value: Any, ids: Container[int]) -> bool:
     """Whether it, or anything in a tuple that it is, is one of these."""
-    return id(value) in ids or (isinstance(value, tuple) and any(_reaches(item, ids) for item in value))
+    return id(value) in ids or (_is_open_tuple(value) and any(_reaches(item, ids) for item in value))
+
+
+def _is_open_tuple(value: Any) -> bool:
+    """Whether it can be made again of its items alone: a tuple, a named one, or one of `torch.return_types`."""
+    kind = type(value)
+    return kind is tuple or (
+        isinstance(value, tuple) and (hasattr(kind, "_make") or hasattr(kind, "n_sequence_fields"))
+    )
 
 
 def _put(container: Any, content: Any, instead: dict[int, Tensor]) -> None:

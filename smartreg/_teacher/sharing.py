@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,34 +24,33 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         memo.update((id(buffer), buffer) for buffer in module._buffers.values() if buffer is not None)
     try:
         copied = copy.deepcopy(model, memo)
-        warn_of_functions(copied, model)
-        return copied
     except Exception as error:
         raise RuntimeError(
             f"a {type(model).__name__} as it is now cannot be copied for a teacher ({error}). Make the teacher before "
             f"sharding or the first forward, and pass it as teacher="
         ) from error
+    warn_of_functions(copied, model)
+    return copied
 
 
 def warn_of_functions(copied: nn.Module, model: nn.Module) -> None:
-    """Warn if a function that came along in a copy holds modules of the model: it was not copied, and would run them.
+    """Warn if a forward that was replaced on an object holds modules of the model: a copy of it runs those.
 
-    Such are a forward replaced on an object by a function around its bound method, and hooks in a closure.
+    `deepcopy` makes a method that of the copy, and leaves a function with its closure as it is. Hooks are not judged:
+    many only read what they hold, and one that runs it is found out when it does.
     """
     originals = {id(module) for module in model.modules() if any(p.requires_grad for p in module.parameters())}
     for name, module in copied.named_modules():
-        replaced = [value for key, value in vars(module).items() if key == "forward" or isinstance(value, FunctionType)]
-        for function in (*replaced, *module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            held = [getattr(value, "__self__", value) for value in in_reach(function)]
-            found = next((value for value in held if id(value) in originals), None)
-            if found is not None:
-                warn(
-                    f"the teacher, a copy, holds modules of the model: {name or type(module).__name__} has a function "
-                    f"({getattr(function, '__qualname__', type(function).__name__)}) with the model's own "
-                    f"{type(found).__name__} in it, and where it runs that the penalty compares the model with "
-                    f"itself. Make the change on the class, or pass teacher= made before it"
-                )
-                return
+        held = [getattr(value, "__self__", value) for value in in_reach(vars(module).get("forward"))]
+        found = next((value for value in held if id(value) in originals), None)
+        if found is not None:
+            warn(
+                f"the teacher, a copy, holds modules of the model: the forward of {name or type(module).__name__} was "
+                f"replaced on the object by a function with the model's own {type(found).__name__} in it, and where it "
+                f"runs that the penalty compares the model with itself. Replace it on the class, or pass teacher= "
+                f"made before"
+            )
+            return
 
 
 def checked_teacher(model: nn.Module, module: nn.Module) -> nn.Module:

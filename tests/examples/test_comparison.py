@@ -191,7 +191,10 @@ def test_records_of_another_code_are_refused_before_a_run_is_made(
 ) -> None:
     write_json(tmp_path / "estimate" / "x.json", made_up(upcoming(ESTIMATE, [])[0]) | {"code": "0123456789abcdef"})
     monkeypatch.setattr(workers, "make", lambda *_: pytest.fail("a run was made"))
-    with pytest.raises(InputError, match=r"has code '0123456789abcdef'.*give --results another folder"):
+    with pytest.raises(InputError, match=r"has code '0123456789abcdef'.*--results another.*out commit 0123456789"):
+        workers.complete("estimate", tmp_path, SAMPLE, workers=1)
+    write_json(tmp_path / "estimate" / "x.json", made_up(upcoming(ESTIMATE, [])[0]) | {"code": code_version()})
+    with pytest.raises(InputError, match=r"has torch '2', a run made here would have.*to make the stage anew$"):
         workers.complete("estimate", tmp_path, SAMPLE, workers=1)
 
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -180,6 +182,7 @@ def test_finetuning_starts_from_a_pretrain_run(
         ["--amp", "bf16", "--epsilon", "0.5"],
         ["--norm", "2", "--norm-over", "token", "--ascent-steps", "2", "--beta", "paper", "--inner-steps", "2"],
         ["--smart-dropout", "independent", "--detach-reference", "--ascent", "normalized", "--ascent-steps", "1"],
+        ["--start", "noise", "--noise-std", "1", "--ascent", "normalized"],
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -187,6 +190,24 @@ def test_flags_that_change_how_it_trains(arguments: list[str], encoder: Path, tm
     metrics = run(tmp_path / "run", encoder, *arguments)
     assert metrics["epochs"][0]["losses"]["sst"]["smoothness"] > 0
     assert all(values["n"] == 20 for values in metrics["dev"].values())
+
+
+def test_closed_streams_and_a_reader_of_both_that_goes_away(encoder: Path, tmp_path: Path) -> None:
+    """As under a daemon, and as with `2>&1 | head`; the exit code is that of the work."""
+    flags = ["--encoder", encoder, "--tasks", "sst", "--train-limit", 8, "--dev-limit", 6, "--epochs", 1]
+    line = shlex.join(command("--output-dir", tmp_path / "closed", *flags))
+    assert subprocess.run(["sh", "-c", f"{line} >&- 2>&-"], env=run_options()["env"], check=False).returncode == 0
+    assert (tmp_path / "closed" / "metrics.json").exists()
+    (tmp_path / "closed" / "metrics.json").unlink()  # an evaluation notes on stderr that it is not complete
+    wrong = [*flags, "--output-dir", tmp_path / "diverged", "--lr", 1e30, "--epochs", 2]
+    evaluation = ["--evaluate", tmp_path / "closed", "--output-dir", tmp_path / "predictions"]
+    for arguments, code in ((wrong, 4), (evaluation, 0)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        found = subprocess.run(command(*arguments), stdout=writer, stderr=writer, env=run_options()["env"], check=False)
+        os.close(writer)
+        assert found.returncode == code
+    assert (tmp_path / "predictions" / "sst-dev-output.csv").exists()
 
 
 @pytest.mark.parametrize("lines", [0, 1])

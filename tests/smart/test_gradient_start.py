@@ -235,6 +235,21 @@ def test_a_checkpointed_layer_that_counts_is_counted_once(memory_efficient: bool
 
 
 @both_modes
+def test_a_checkpointed_layer_may_read_what_the_pass_has_written(memory_efficient: bool) -> None:
+    """Run again it has to save as many tensors as before, so that what it reads must need a gradient as before."""
+    model = build()
+    model.memory = torch.zeros(len(IDS), 1, dtype=torch.float64)
+
+    def run(m: nn.Module) -> Tensor:
+        hidden = torch.tanh(m.hidden(m.embedding(IDS))).mean(dim=1)
+        m.memory.detach_().copy_(hidden.mean(dim=1, keepdim=True).sigmoid())
+        return m.head(checkpoint(lambda x: torch.tanh(x * m.memory), hidden, use_reentrant=False))
+
+    assert SmartLoss(model, memory_efficient=memory_efficient, **BALL)(run, noise=drawn()).penalty > 0
+    assert model.memory.requires_grad
+
+
+@both_modes
 def test_an_example_without_a_usable_gradient_starts_at_the_clean_point_and_is_counted(memory_efficient: bool) -> None:
     model = build(scale=2.0)
     u = drawn()

@@ -390,6 +390,39 @@ class Pair(NamedTuple):
     cell: Tensor
 
 
+class Counted(Pair):
+    """A named tuple that is made of something else than its items."""
+
+    def __new__(cls, cells: int) -> "Counted":
+        return cls._make(torch.zeros(cells, 1))
+
+
+class Own(tuple[Tensor, ...]):
+    """No tuple of which anybody knows how it is made."""
+
+    __slots__ = ()
+
+    @property
+    def first(self) -> Tensor:
+        return self[0]
+
+
+@both_modes
+def test_a_tuple_stays_of_its_kind(memory_efficient: bool) -> None:
+    model = build()
+    model.best, model.counted, model.own = torch.zeros(2, 3).max(dim=1), Counted(2), Own((torch.zeros(1),))
+
+    def forward(m: Any) -> Tensor:
+        m.best.values.add_(1)
+        m.counted.cell.add_(1)
+        return m(IDS) + m.own.first
+
+    SmartLoss(model, memory_efficient=memory_efficient)(forward)
+    assert type(model.best) is torch.return_types.max
+    assert (type(model.counted), type(model.own)) == (Counted, Own)
+    assert (model.best.values[0], model.counted.cell) == (1.0, 1.0)
+
+
 @pytest.mark.parametrize("kind", ["tuple", "named", "list of tuples", "dict of tuples", "nested"])
 @both_modes
 def test_what_stands_in_a_tuple_is_as_after_one_pass(memory_efficient: bool, kind: str) -> None:

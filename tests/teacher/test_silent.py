@@ -1,6 +1,7 @@
 """A teacher whose average moves in `update()` alone, a model of two minds, and states that no teacher saved."""
 
 import copy
+import functools
 import warnings
 from typing import Any
 
@@ -193,17 +194,37 @@ def hook_with_a_layer() -> Net:
     return model
 
 
-@pytest.mark.parametrize("make", [replaced_forward, replaced_forward_of_a_layer, hook_with_a_layer])
-def test_a_function_that_a_copy_takes_along_is_told_of(make: Any) -> None:
+def test_a_hook_of_the_copy_that_runs_the_model_is_an_error() -> None:
     """`deepcopy` leaves functions as they are, and with them the modules of the model that they hold."""
+    model = hook_with_a_layer()
+    bregman = MomentumBregman(model)
+    with pytest.raises(RuntimeError, match="forward ran the model's Linear 'adapter', which is trained, in place of"):
+        bregman(lambda m: m(X), model(X))
+
+
+@pytest.mark.parametrize("make", [replaced_forward, replaced_forward_of_a_layer])
+def test_a_forward_that_a_copy_takes_along_is_told_of(make: Any) -> None:
     model = make()
     with pytest.warns(
-        SmartWarning, match=r"holds modules of the model: \w+ has a function \(.*<lambda>\) with the model's own"
+        SmartWarning, match=r"the forward of \w+ was replaced on the object by a function with"
     ):
         bregman = MomentumBregman(model)
-    if make is not replaced_forward_of_a_layer:  # which runs the method of a layer, and not the layer
-        with pytest.raises(RuntimeError, match=r"forward ran the model's Linear '\w+', which is trained, in place of"):
+    if make is replaced_forward:  # the other runs the method of a layer, and not the layer
+        with pytest.raises(
+            RuntimeError, match="forward ran the model's Linear 'hidden', which is trained, in place"
+        ):
             bregman(lambda m: m(X), model(X))
+
+
+def test_other_functions_of_a_model_are_of_no_concern() -> None:
+    model, norms = Net(), []
+    model.where = lambda: next(model.parameters()).device
+    model.to = functools.wraps(model.to)(lambda *args: model.cpu())  # type: ignore[method-assign]  # as accelerate
+    model.hidden.register_forward_hook(lambda module, inputs, output: norms.append(model.hidden.weight.norm()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert MomentumBregman(model)(lambda m: m.eval()(X), model.eval()(X)) == 0
+    assert norms
 
 
 def test_a_teacher_that_is_passed_may_have_what_the_model_got_later() -> None:
@@ -225,9 +246,3 @@ def test_a_forward_that_runs_the_model_in_part_is_an_error_and_frozen_parts_are_
     model.head.requires_grad_(False)
     shift(model)
     assert MomentumBregman(model)(mixed, mixed(model)) >= 0
-    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
-    seen = []
-    model.hidden.register_forward_hook(lambda module, inputs, output: seen.append(names.get(module)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a hook that knows modules by name is of no concern
-        MomentumBregman(model)

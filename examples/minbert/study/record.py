@@ -31,7 +31,7 @@ them: what it made of an arm stands in the record."""
 SAME = ("code", "torch", "device", "data")
 """What the runs of a stage have in common, or a difference of arms would be one of these."""
 
-HAS = {"name", "arm", "trial", "seed", "choice", "settings", "epochs", "last", *SAME}
+HAS = {"name", "arm", "trial", "seed", "choice", "settings", "epochs", "last", "commit", *SAME}
 
 Record = dict[str, Any]
 Array = NDArray[np.float64]
@@ -128,10 +128,13 @@ def refuse_additions(records: Iterable[Record], device: str, where: str) -> None
     for record in records:
         for name, own in now.items():
             if record[name] != own:
+                again = (
+                    f", or check out commit {record['commit'][:10]}, by which it was begun" if name == "code" else ""
+                )
                 raise InputError(
                     f"{where}: {record['name']} has {name} {record[name]!r}, a run made here would have {own!r}, "
                     f"and runs are compared with runs of the same only: give --results another folder to make the "
-                    f"stage anew, or check out commit {record['commit'][:10]}, by which it was begun"
+                    f"stage anew{again}"
                 )
 
 

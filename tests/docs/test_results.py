@@ -40,6 +40,7 @@ SECTIONS = {
     "Sentiment: SST": "first",
     "Weaker weights, a smaller ball": "weaker-sst",
     "Other methods": "others-sst",
+    "With settings searched": "tuned-sst",
     "Scores: STS": "first-sts",
     "Paraphrase, 1,024 pairs": "size-para-1024",
     "Paraphrase, 64 pairs": "size-para-64",
@@ -49,6 +50,9 @@ SECTIONS = {
 """The sections of the page that have a table, and the stage that it is of."""
 TERMS = "What the terms weighed"
 """The section with a table of the terms, which are those of the section before it."""
+PROBES = "Spoilt texts, moved embeddings, film reviews"
+"""The section with a table of perturbed inputs, of the stage of the section before it."""
+PROBED = ("clean", "typos", "dropped", "swapped", "embeddings 0.3", "embeddings 1", "transfer")
 SUMMARY = {
     "paraphrase, 1,024 pairs": "size-para-1024",
     "paraphrase, 256": "first-para",
@@ -64,7 +68,8 @@ for section in re.split(r"^#+ ", (DOCS / "results.md").read_text("utf-8"), flags
     title, _, body = section.partition("\n")
     ROWS += [(title, cells(line)) for line in body.splitlines() if line.startswith("| `")]
 WEIGHED = [row for title, row in ROWS if title == TERMS]
-ROWS = [(title, row) for title, row in ROWS if title != TERMS]
+SPOILT = [row for title, row in ROWS if title == PROBES]
+ROWS = [(title, row) for title, row in ROWS if title not in (TERMS, PROBES)]
 
 
 def arm_of(row: list[str]) -> str:
@@ -96,6 +101,31 @@ def test_the_terms_are_those_of_the_tables() -> None:
         task, *terms = made[arm_of(row)]
         assert float(row[1]) == pytest.approx(float(task), abs=0.00056)
         assert [float(cell or 0) for cell in row[2:]] == [float(term or 0) for term in terms]
+
+
+def test_perturbed_inputs_are_those_of_the_tables() -> None:
+    part = tables_of("tuned-sst").split("### perturbed inputs, last epoch\n")[1]
+    head, _, *rows = [cells(line) for line in part.splitlines() if line.startswith("|")]
+    columns = [title.split(": ")[-1] for title in head]
+    made = {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
+    assert [arm_of(row) for row in SPOILT] == list(made)
+    for row in SPOILT:
+        wanted = [numbers(made[arm_of(row)][name]) for name in PROBED]
+        found = [numbers(cell) for cell in row[1:]]
+        for own, other in zip(found, wanted, strict=True):
+            assert own == pytest.approx(other[:1] if arm_of(row) == REFERENCE else other[1:4], abs=0.00056)
+
+
+def test_the_search_s_losses_are_those_of_the_tables() -> None:
+    text = " ".join((DOCS / "results.md").read_text("utf-8").split())
+    rows = [cells(line) for line in tables_of("short-search-sst").splitlines() if line.startswith("| ")]
+    (arm, *_), plain, smart, other = rows
+    assert (arm, plain[0], smart[0], other[0]) == ("arm", REFERENCE, DEFAULT, "r-drop")
+    assert {row[1] for row in rows[1:]} == {"0"}  # the defaults came out best
+    least, median, largest = ((float(plain[i]), float(smart[i])) for i in (3, 4, 5))
+    assert f"with {least[0]:.3f} in plain fine-tuning and {least[1]:.3f} in SMART" in text
+    assert f"the median NLL is {median[0]:.3f} plain and {median[1]:.3f} with SMART" in text
+    assert f"the largest {largest[0]:.3f} and {largest[1]:.3f}" in text
 
 
 @pytest.mark.parametrize(("task", "stage"), SUMMARY.items())

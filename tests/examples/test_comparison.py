@@ -55,7 +55,7 @@ def made_up(trial: Trial, gain: float = 0.0) -> dict[str, Any]:
         "ece": 0.1,
         "ece_scaled": 0.05,
     }
-    dev = {"accuracy": float(right[:100].mean())}
+    dev = {"accuracy": float(right[:100].mean()), "nll": float(nll[:100].mean())}
     by_row = {"accuracy": packed(right), "nll": packed(nll)}
     moments = {
         "last": {"sst": {"dev": dev, "held_out": {**held, "by_row": by_row}}},
@@ -307,6 +307,19 @@ def test_halving_gives_every_arm_the_same(tmp_path: Path) -> None:
     fewer = [record for record in records if record["name"] != "smart.2.seed1001"]
     with pytest.raises(InputError, match=r"unequal numbers of trials: t-vanilla 4 in 8 runs, smart 4 in 7 runs"):
         check_budget(SEARCH, fewer)
+
+
+def test_the_table_of_a_search_has_the_loss_of_all_its_trials(tmp_path: Path) -> None:
+    fill(tmp_path, SEARCH, {f"smart {number}": 0.1 * number for number in range(4)})
+    records = read(tmp_path)
+    losses = sorted(r["last"]["sst"]["dev"]["nll"] for r in records if r["arm"] == "smart" and r["seed"] == 1000)
+    assert len(losses) == 4
+    (row,) = [
+        line for line in tables.search_table("search", SEARCH, records).splitlines() if line.startswith("| smart |")
+    ]
+    shown = [losses[0], (losses[1] + losses[2]) / 2, losses[3]]
+    assert row.split(" | ")[1:6:4] == ["3", f"{shown[2]:.4f}"]
+    assert [float(cell) for cell in row.split(" | ")[3:6]] == pytest.approx(shown, abs=1e-4)
 
 
 def test_an_estimate_takes_what_the_search_chose(tmp_path: Path) -> None:

@@ -205,14 +205,10 @@ def test_a_hook_of_the_copy_that_runs_the_model_is_an_error() -> None:
 @pytest.mark.parametrize("make", [replaced_forward, replaced_forward_of_a_layer])
 def test_a_forward_that_a_copy_takes_along_is_told_of(make: Any) -> None:
     model = make()
-    with pytest.warns(
-        SmartWarning, match=r"the forward of \w+ was replaced on the object by a function with"
-    ):
+    with pytest.warns(SmartWarning, match=r"the forward of \w+ was replaced on the object by a function with"):
         bregman = MomentumBregman(model)
     if make is replaced_forward:  # the other runs the method of a layer, and not the layer
-        with pytest.raises(
-            RuntimeError, match="forward ran the model's Linear 'hidden', which is trained, in place"
-        ):
+        with pytest.raises(RuntimeError, match="forward ran the model's Linear 'hidden', which is trained, in place"):
             bregman(lambda m: m(X), model(X))
 
 

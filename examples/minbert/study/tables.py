@@ -12,7 +12,7 @@ from ..tasks import TASKS
 from .arms import CAUSES
 from .bootstrap import Difference, difference, holm
 from .record import Record, read, read_zero_shot, unpacked
-from .stages import STAGES, Stage, check_budget, on_dev, ranking
+from .stages import SEARCH_SEEDS, STAGES, Stage, check_budget, on_dev, ranking
 
 REFERENCE = "t-vanilla"
 FAULTLESS = "smart+mbpp"
@@ -231,16 +231,28 @@ def search_table(name: str, stage: Stage, records: Sequence[Record]) -> str:
     level = len(stage.rungs) - 1
     lines = [
         f"## {name}\n",
-        f"Trials an arm: {stage.rungs[0].trials}; chosen by dev after the last epoch.\n",
-        "| arm | trial | dev | choice |",
-        "|---|---|---|---|",
+        f"Trials an arm: {stage.rungs[0].trials}; chosen by dev after the last epoch. The NLL (of scores the squared "
+        f"error) is that of all of them, on dev, with their first seed.\n",
+        "| arm | trial | dev | NLL: least | median | largest | choice |",
+        "|---" * 7 + "|",
     ]
     for arm in stage.arms:
         best = ranking(stage, records, arm, level)[0]
         runs = [r for r in records if r["arm"] == arm and r["trial"] == best]
         choice = ", ".join(f"{key} {_short(value)}" for key, value in runs[0]["choice"].items())
-        lines.append(f"| {arm} | {best} | {np.mean([on_dev(r) for r in runs]):.4f} | {choice} |")
+        first = [r for r in records if r["arm"] == arm and r["seed"] == SEARCH_SEEDS]
+        losses = [_dev_loss(record) for record in first]
+        spread = " | ".join(f"{number:.4f}" for number in (min(losses), np.median(losses), max(losses)))
+        lines.append(f"| {arm} | {best} | {np.mean([on_dev(r) for r in runs]):.4f} | {spread} | {choice} |")
     return "\n".join(lines) + "\n"
+
+
+def _dev_loss(record: Record) -> float:
+    """NLL on dev after the last epoch, of scores the mean squared error, its mean over tasks; infinite if undefined."""
+    found = [
+        values["dev"].get("nll" if TASKS[name].kind != "score" else "mse") for name, values in record["last"].items()
+    ]
+    return float(np.mean([np.inf if value is None else value for value in found]))
 
 
 def _short(value: Any) -> str:

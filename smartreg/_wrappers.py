@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
+from types import FunctionType, ModuleType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -106,6 +107,28 @@ def code_of(function: Any) -> object:
         return getattr(function, "__code__", function)
     # An object with `__call__` may be made anew for every batch, hold it, and have no hash.
     return getattr(type(function).__call__, "__code__", type(function))
+
+
+def in_reach(hook: Any) -> Iterator[Any]:
+    """What a function holds and names: arguments of a partial, its object's attributes, closure, defaults, globals."""
+    while isinstance(hook, partial):
+        yield from (*hook.args, *hook.keywords.values())
+        hook = hook.func
+    function = getattr(hook, "__func__", hook)
+    owner = getattr(hook, "__self__", None if isinstance(hook, FunctionType) else hook)
+    if hasattr(owner, "__dict__") and not isinstance(owner, (nn.Module, ModuleType)) and not _of_a_framework(owner):
+        yield vars(owner)
+    if isinstance(function, FunctionType):
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # nothing in it yet
+                yield cell.cell_contents
+        yield from function.__defaults__ or ()
+        yield from (function.__globals__.get(name) for name in function.__code__.co_names)
+
+
+def _of_a_framework(owner: object) -> bool:
+    """Those keep state between passes on purpose, and know how often they ran."""
+    return type(owner).__module__.split(".")[0] in ("accelerate", "deepspeed", "peft", "smartreg", "torch")
 
 
 @contextmanager

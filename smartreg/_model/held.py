@@ -14,13 +14,13 @@ import random
 import sys
 from collections import deque
 from collections.abc import Container, Iterable, Iterator
-from functools import partial
 from operator import is_
-from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from smartreg._wrappers import in_reach
 
 MOST_COPIED = 2**20
 """Entries up to which a plain tensor is copied in every call; a larger one must be a buffer to be written in place."""
@@ -166,28 +166,6 @@ def written_by(hook: Any) -> Iterator[dict[Any, Any]]:
         True
     """
     yield from (value for value in in_reach(hook) if isinstance(value, dict))
-
-
-def in_reach(hook: Any) -> Iterator[Any]:
-    """What a function holds and names: arguments of a partial, its object's attributes, closure, defaults, globals."""
-    while isinstance(hook, partial):
-        yield from (*hook.args, *hook.keywords.values())
-        hook = hook.func
-    function = getattr(hook, "__func__", hook)
-    owner = getattr(hook, "__self__", None if isinstance(hook, FunctionType) else hook)
-    if hasattr(owner, "__dict__") and not isinstance(owner, (nn.Module, ModuleType)) and not _of_a_framework(owner):
-        yield vars(owner)
-    if isinstance(function, FunctionType):
-        for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # nothing in it yet
-                yield cell.cell_contents
-        yield from function.__defaults__ or ()
-        yield from (function.__globals__.get(name) for name in function.__code__.co_names)
-
-
-def _of_a_framework(owner: object) -> bool:
-    """Those keep state between passes on purpose, and know how often they ran."""
-    return type(owner).__module__.split(".")[0] in ("accelerate", "deepspeed", "peft", "smartreg", "torch")
 
 
 def _generator_kinds() -> tuple[type, ...]:

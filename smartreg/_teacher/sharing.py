@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smartreg._model.held import in_reach
 from smartreg._teacher.parameters import Layout, differences, listed, pair
 from smartreg._warnings import warn
-from smartreg._wrappers import innermost
+from smartreg._wrappers import in_reach, innermost
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -43,6 +43,7 @@ SECTIONS = {
     "With settings searched": "tuned-sst",
     "Scores: STS": "first-sts",
     "Paraphrase, 1,024 pairs": "size-para-1024",
+    "Sentiment, 1,024 sentences": "size-sst-1024",
     "Paraphrase, 64 pairs": "size-para-64",
     "Sentiment, 64 sentences": "size-sst-64",
     "Where the failure came from": "causes",
@@ -57,7 +58,8 @@ SUMMARY = {
     "paraphrase, 1,024 pairs": "size-para-1024",
     "paraphrase, 256": "first-para",
     "paraphrase, 64": "size-para-64",
-    "sentiment, 256 sentences": "weaker-sst",
+    "sentiment, 1,024 sentences": "size-sst-1024",
+    "sentiment, 256": "weaker-sst",
     "sentiment, 64": "size-sst-64",
     "scores, 256 pairs": "first-sts",
 }
@@ -172,6 +174,14 @@ def test_readme_has_numbers_of_the_tables() -> None:
     assert f"accuracy {accuracy[1]:+.3f} [{accuracy[2]:+.3f}, {accuracy[3]:+.3f}]. R-Drop" in text
     assert f"sentences ({seeds_of('weaker-sst')} seeds) from {plain[1][0]:.3f} to {plain[2][0]:.3f}" in text
     assert f"the default has {default[1][0]:.3f} without one and {default[2][0]:.3f} with it" in text
+    sentences = last_epoch("size-sst-1024")
+    (gain, loss, *_), (own, fall, *_) = sentences["r-drop:5"], sentences[DEFAULT]
+    assert f"1,024 SST sentences ({seeds_of('size-sst-1024')} seeds) R-Drop" in text
+    assert (
+        f"adds {gain[1]:.3f} [{gain[2]:.3f}, {gain[3]:.3f}] to an accuracy of {sentences[REFERENCE][0][0]:.3f}" in text
+    )
+    assert f"the default {own[1]:+.3f} [{own[2]:+.3f}, {own[3]:+.3f}]; of the NLL they take {-loss[1]:.3f} and" in text
+    assert f"and {-fall[1]:.3f}. On 256 NEFTune" in text
     (_, gap, low, high), *_ = last_epoch("first-sts")["smart"]
     assert f"STS pairs ({seeds_of('first-sts')} seeds)" in text
     assert f"costs {-gap:.3f} [{-high:.3f}, {-low:.3f}] of the correlation" in text

@@ -171,7 +171,7 @@ class ModelPasses:
 
     def undone(self) -> contextlib.AbstractContextManager[None]:
         """In this block whatever is written to buffers, and to what modules hold, is undone at its end."""
-        return self._state.undone()
+        return self._state.replayed(now=True)
 
     @contextlib.contextmanager
     def perturbed(

@@ -89,17 +89,19 @@ class ModuleState:
         self._left_buffers = [dict(module._buffers) for module in self._modules]
 
     @contextlib.contextmanager
-    def replayed(self, *, keep_attributes: bool = False) -> Iterator[None]:
+    def replayed(self, *, keep_attributes: bool = False, now: bool = False) -> Iterator[None]:
         """Start the block from the state before the clean pass, and end it with the state after.
 
         Args:
             keep_attributes: Leave the attributes that the block assigns (they belong to the graph that lives on).
+            now: Start from the state after the clean pass instead.
         """
-        fresh = self.held.fresh()
-        with self.held.replayed(fresh, keep=keep_attributes):
+        attributes_of = self._left_attributes if now else self._attributes
+        fresh = self.held.fresh(now=now)
+        with self.held.replayed(fresh, keep=keep_attributes, now=now):
             try:
-                buffers = _copies(self._buffers)
-                for module, attributes, own in zip(self._modules, self._attributes, buffers, strict=True):
+                buffers = _copies(self._left_buffers if now else self._buffers)
+                for module, attributes, own in zip(self._modules, attributes_of, buffers, strict=True):
                     restore(vars(module), _with(attributes, fresh))
                     restore(module._buffers, own)
                 yield
@@ -111,20 +113,6 @@ class ModuleState:
                 originals = self.held.originals(fresh)
                 for module in self._modules:
                     restore(vars(module), _with(dict(vars(module)), originals))
-
-    @contextlib.contextmanager
-    def undone(self) -> Iterator[None]:
-        """What the block writes to buffers and held contents is undone: they stay as the clean pass left them."""
-        fresh = self.held.fresh(now=True)
-        with self.held.replayed(fresh, now=True):
-            try:
-                copies = _copies(self._left_buffers)
-                for module, attributes, own in zip(self._modules, self._left_attributes, copies, strict=True):
-                    restore(vars(module), _with(attributes, fresh))
-                    restore(module._buffers, own)
-                yield
-            finally:
-                self.leave()
 
     def leave(self, *, keep_attributes: bool = False) -> None:
         """Attributes and buffers as the clean pass left them."""

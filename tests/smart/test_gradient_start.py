@@ -249,6 +249,34 @@ def test_a_checkpointed_layer_may_read_what_the_pass_has_written(memory_efficien
     assert model.memory.requires_grad
 
 
+@pytest.mark.parametrize("where", ["buffer", "attribute", "list"])
+@both_modes
+def test_a_checkpointed_layer_runs_again_on_what_the_pass_has_left(memory_efficient: bool, where: str) -> None:
+    """Of the state before the pass its gradient, and so the start, would be another."""
+    found = []
+    for keep in (True, False):
+        model = build()
+        width = model.hidden.out_features
+        model.register_buffer("scale", torch.ones(width, dtype=torch.float64))
+        model.factor, model.held = torch.ones(width, dtype=torch.float64), [torch.ones(width, dtype=torch.float64)]
+
+        def run(m: nn.Module, keep: bool = keep, width: int = width) -> Tensor:
+            scale = torch.linspace(-1.0, 3.0, width, dtype=torch.float64)
+            if where == "buffer":
+                m.scale.copy_(scale)
+            elif where == "attribute":
+                m.factor = scale
+            else:
+                m.held[0] = scale
+            block = lambda x: torch.tanh(m.hidden(x)).mean(dim=1) * m.scale * m.factor * m.held[0]  # noqa: E731  # short
+            x = m.embedding(IDS)
+            return m.head(block(x) if keep else checkpoint(block, x, use_reentrant=False))
+
+        found.append(SmartLoss(model, memory_efficient=memory_efficient, **BALL)(run, noise=drawn()).penalty.item())
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+    assert found[0] > 0
+
+
 @both_modes
 def test_an_example_without_a_usable_gradient_starts_at_the_clean_point_and_is_counted(memory_efficient: bool) -> None:
     model = build(scale=2.0)

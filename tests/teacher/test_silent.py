@@ -221,6 +221,11 @@ def test_other_functions_of_a_model_are_of_no_concern() -> None:
         warnings.simplefilter("error")
         assert MomentumBregman(model)(lambda m: m.eval()(X), model.eval()(X)) == 0
     assert norms
+    frozen = replaced_forward_of_a_layer().requires_grad_(False)
+    frozen.head.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MomentumBregman(frozen)  # what is frozen is shared, whichever of the two runs it
 
 
 def test_a_teacher_that_is_passed_may_have_what_the_model_got_later() -> None:

@@ -68,7 +68,7 @@ class Ledger:
         """
         if not self._pending:
             return self._sums
-        read = [(_weighted(losses, weight), _largest(losses, weight)) for _, weight, losses, _ in self._pending]
+        read = [(_weighted(losses, weight), _largest(losses)) for _, weight, losses, _ in self._pending]
         rows = torch.tensor([list(means.values()) for means, _ in read], dtype=torch.float64)
         largest = torch.tensor([largest for _, largest in read], dtype=torch.float64)
         rows, largest = joined(self.place, rows, largest)
@@ -125,8 +125,8 @@ def _weighted(losses: Losses, weight: float) -> dict[str, float]:
     return values
 
 
-def _largest(losses: Losses, weight: float) -> float:
-    return float(losses.stats.max_perturbation) if losses.stats is not None and weight else 0.0
+def _largest(losses: Losses) -> float:
+    return float(losses.stats.max_perturbation) if losses.stats is not None else 0.0
 
 
 def hidden(place: Place) -> bool | None:

@@ -9,7 +9,11 @@ import torch
 from example_tools import ROOT, command, run_options, tiny_encoder
 from safetensors.torch import load_file
 
+from minbert import progress
 from minbert.cli import main
+from minbert.distributed import Place
+from minbert.objective import Losses
+from smartreg.results import SmartStats
 
 # Runs the example; each process writes down its own weights whenever the run is saved.
 WATCHED = """
@@ -93,6 +97,19 @@ def test_ranks_agree_under_dropout_and_one_does_not_go_on_for_two(
     (tmp_path / "two" / "metrics.json").unlink()
     assert main(["--output-dir", str(tmp_path / "two"), "--resume"]) == 2
     assert "the run had 2 processes, here are 1" in capsys.readouterr().err
+
+
+def test_a_row_that_stands_in_for_none_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As seen by the second of two processes where a batch has one row: it has that row too, with weight 0."""
+    values = [torch.tensor(value) for value in (0.5, 0.5, 0.25, 1, 1.0)]
+    losses = Losses(torch.tensor(3.0), torch.tensor(2.0), torch.tensor(0.5), None, SmartStats(*values))
+    means = {"loss": 3.0, "task_loss": 2.0, "smoothness": 0.5, "start_divergence": 0.5}
+    first = torch.tensor([[1.0, *means.values(), 1.0]], dtype=torch.float64)  # what the other process adds
+    monkeypatch.setattr(progress, "joined", lambda place, sums, largest: (sums + first, largest))
+    ledger = progress.Ledger(Place(torch.device("cpu"), rank=1, world=2))
+    ledger.add("sst", losses, 0.0, 1)
+    wanted = {**means, "max_perturbation": 0.25, "bad_examples": 1.0, "ascent_gain": 1.0}
+    assert ledger.line()["sst"] == pytest.approx(wanted)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")

@@ -128,7 +128,7 @@ def with_mbpp(arm: Arm) -> Arm:
 # The smoothness term at another weight, or with a ball of a third of the radius, nothing else changed.
 ARMS |= {
     f"smart:{weight}": replace(ARMS["smart"], choice=ALONE | {"lambda_s": float(weight)})
-    for weight in (0.03, 0.1, 3, 30)
+    for weight in (0.01, 0.03, 0.1, 3, 30)
 }
 # R-Drop's first weight turned out to weigh little: its term was a thousandth of the loss on paraphrase.
 ARMS["r-drop:5"] = replace(ARMS["r-drop"], choice=ARMS["r-drop"].choice | {"lambda_s": 5.0})

@@ -74,6 +74,8 @@ WEAKER = ("t-vanilla", "smart:0.1", "smart:0.03", "smart-small-ball")
 OTHERS = ("t-vanilla", "plain", "ema", "neftune", "l2-sp", "sam", "random-smoothing", "r-drop:5")
 SIZES = ("t-vanilla", "smart:0.03", "r-drop:5")
 TUNED = ("t-vanilla", "smart:0.03", "r-drop")
+# At 1,024 sentences R-Drop had gained accuracy and the default weight none: would a larger one?
+LARGER = ("t-vanilla", "smart:0.1", "smart", "r-drop:5")
 
 STAGES: dict[str, Stage] = {"first": Stage(("sst",), 256, FIRST, seeds=8)}
 STAGES |= {f"first-{_task}": Stage((_task,), 256, FIRST_PAIRS, seeds=8) for _task in ("sts", "para")}
@@ -81,6 +83,9 @@ STAGES["weaker-sst"] = Stage(("sst",), 256, WEAKER, seeds=8)
 STAGES["others-sst"] = Stage(("sst",), 256, OTHERS, seeds=5)
 for _size in (64, 1024):
     STAGES |= {f"size-{_task}-{_size}": Stage((_task,), _size, SIZES, seeds=5) for _task in ("sst", "para")}
+STAGES["weights-sst-1024"] = Stage(("sst",), 1024, LARGER, seeds=5)
+STAGES["weaker-sts"] = Stage(("sts",), 256, ("t-vanilla", "smart:0.01"), seeds=8)
+STAGES |= {f"size-sts-{_size}": Stage(("sts",), _size, SIZES, seeds=5) for _size in (64, 1024)}
 STAGES["short-search-sst"] = Stage(("sst",), 256, TUNED, rungs=SHORT)
 STAGES["tuned-sst"] = Stage(("sst",), 256, TUNED, seeds=8, settings_from="short-search-sst", probed=True)
 for _task, _arms in (("sst", SEARCHED), ("para", FEW), ("sts", FEW)):

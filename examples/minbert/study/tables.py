@@ -20,6 +20,8 @@ FAULTLESS = "smart+mbpp"
 RIVALS = ("r-drop", "r-drop:5")
 """What costs as much as SMART, and is compared with it."""
 LEVEL = 0.05
+TESTED = 2
+"""So many columns, the first ones, can win or lose, after the last epoch. All else is described."""
 TITLE = """# Tables of the comparison
 
 Made by `python examples/minbert_arms.py report` of the records in `examples/minbert/study/results/`, by
@@ -61,7 +63,7 @@ def measures(task: str) -> list[Measure]:
 
 def make(results: Path) -> str:
     """All tables of all stages that have complete records, as Markdown."""
-    parts, zero_shot = [], read_zero_shot(results)
+    parts, zero_shot, complete_ones = [], read_zero_shot(results), {}
     for name, stage in STAGES.items():
         records = read(results / name)
         if not records:
@@ -70,11 +72,48 @@ def make(results: Path) -> str:
             parts.append(search_table(name, stage, records))
         elif complete(stage, records):
             parts.append(estimate_tables(name, stage, records, zero_shot))
+            complete_ones[name] = tested(stage, records)
         else:
             parts.append(f"## {name}\n\nIn the making: {len(records)} runs, and fewer than two seeds with all arms.\n")
     if not parts:
         raise InputError(f"{results}: no records; make some with the command `run`")
-    return "\n".join([TITLE, *parts])
+    return "\n".join([TITLE, *parts, across(complete_ones)])
+
+
+def tested(stage: Stage, records: Sequence[Record]) -> dict[tuple[str, str], Difference]:
+    """What can win or lose: by arm and measure the difference from `t-vanilla` after the last epoch."""
+    by_arm, _ = paired(stage, records)
+    return {
+        (arm, column.title): difference(
+            matrix(runs, task, "last", column), matrix(by_arm[REFERENCE], task, "last", column)
+        )
+        for task in stage.tasks
+        for column in measures(task)[:TESTED]
+        for arm, runs in by_arm.items()
+        if arm != REFERENCE
+    }
+
+
+def across(found: dict[str, dict[tuple[str, str], Difference]]) -> str:
+    """What is left of the differences if not the stage's comparisons count but those of all stages together."""
+    p_values = {f"{stage} {arm} {title}": gap.p for stage, gaps in found.items() for (arm, title), gap in gaps.items()}
+    overall = holm(p_values)
+    lines = [
+        "## all stages together\n",
+        f"Every difference whose p-value is below {LEVEL:g} after Holm's adjustment within its stage, and what the "
+        f"adjustment\nfor all {len(p_values)} comparisons of all stages makes of it. \\*: below {LEVEL:g} there too.\n",
+        "| stage | arm | measure | difference | p | within the stage | over all |",
+        "|---" * 7 + "|",
+    ]
+    for stage, gaps in found.items():
+        within = holm({f"{arm} {title}": gap.p for (arm, title), gap in gaps.items()})
+        for (arm, title), gap in gaps.items():
+            own, all_of_them = within[f"{arm} {title}"], overall[f"{stage} {arm} {title}"]
+            if own < LEVEL:
+                star = "\\*" if all_of_them < LEVEL else ""
+                numbers = f"{gap.p:.2g} | {own:.2g} | {all_of_them:.2g}{star}"
+                lines.append(f"| {stage} | {arm} | {title} | {_bracket(gap).strip(' ()')} | {numbers} |")
+    return "\n".join(lines) + "\n"
 
 
 def estimate_tables(name: str, stage: Stage, records: Sequence[Record], zero_shot: dict[str, float]) -> str:
@@ -132,11 +171,12 @@ def matrix(runs: Sequence[Record], task: str, moment: str, measure: Measure) -> 
 
 def _heading(stage: Stage, first: Record, seeds: int, arms: int) -> str:
     rows = "all that are left" if stage.rows is None else f"{stage.rows}"
-    tested = 2 * (arms - 1)
+    comparisons = TESTED * (arms - 1)
     return (
         f"Tasks {', '.join(stage.tasks)}; training rows a task: {rows}; seeds: {seeds}; code {first['code']}, "
         f"commit {first['commit'][:10]}.\nIn brackets the difference from {REFERENCE} and its 95 % interval. \\*: "
-        f"its p-value, adjusted by Holm for {tested} comparisons\n(each arm's two first columns), is below {LEVEL:g}.\n"
+        f"its p-value, adjusted by Holm for {comparisons} comparisons\n"
+        f"(each arm's two first columns, last epoch), is below {LEVEL:g}.\n"
     )
 
 
@@ -148,7 +188,8 @@ def _table(task: str, moment: str, by_arm: dict[str, list[Record]], zero_shot: f
         for arm, found in values.items()
         if arm != REFERENCE
     }
-    adjusted = holm({f"{arm} {i}": gaps[arm][i].p for arm in gaps for i in range(2)})
+    claims = {f"{arm} {i}": gaps[arm][i].p for arm in gaps for i in range(TESTED)} if moment == "last" else {}
+    adjusted = holm(claims)
     lines = [
         f"### {task}, {moment} epoch\n",
         f"| arm | {' | '.join(column.title for column in columns)} | cost |",
@@ -159,7 +200,7 @@ def _table(task: str, moment: str, by_arm: dict[str, list[Record]], zero_shot: f
     for arm, found in values.items():
         cells = []
         for i, own in enumerate(found):
-            star = "\\*" if i < 2 and adjusted.get(f"{arm} {i}", 1.0) < LEVEL else ""
+            star = "\\*" if adjusted.get(f"{arm} {i}", 1.0) < LEVEL else ""
             cells.append(f"{own.mean():.4f}" + (_bracket(gaps[arm][i]) + star if arm in gaps else ""))
         lines.append(f"| {arm} | {' | '.join(cells)} | {cost(by_arm[arm], by_arm[REFERENCE]):.2f} |")
     return "\n".join(lines) + "\n"

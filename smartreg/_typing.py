@@ -9,7 +9,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def typed_as(function: Function) -> Callable[[Callable[..., None]], Function]:
-    """Decorates a method that is `function` under another name, with its types; for use under `TYPE_CHECKING`.
+    """Declares that the decorated method has the type of `function`; for use under `TYPE_CHECKING`.
 
     `nn.Module` declares `__call__` as a function of anything to anything. pyright keeps that declaration where a
     subclass assigns `__call__ = forward`, and lets a misspelt keyword pass; a decorated method takes its place.

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from smartreg._checks import check_forward, flag
 from smartreg._masks import Masks
 from smartreg._model.held import HeldState
-from smartreg._model.replay import ModuleState, RandomState, devices_of
+from smartreg._model.replay import undone
 from smartreg._outputs import Forward, OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
 from smartreg._teacher.modes import Distance, check_shapes, in_train_mode, look_at_modes
 from smartreg._teacher.momentum import checked_beta, paper_beta, suggested_beta
@@ -92,10 +93,6 @@ class MomentumBregman(nn.Module):
     beta: float | Callable[[int], float]
     divergence: Divergence
     output_to_logits: OutputToLogits | None
-    check_first_call: bool
-    updates: int
-    _teacher: Teacher
-    _looked: bool
 
     def __init__(
         self,
@@ -113,12 +110,11 @@ class MomentumBregman(nn.Module):
         if not callable(beta):
             checked_beta(beta)
         check_output_to_logits(output_to_logits)
-        if not isinstance(check_first_call, bool):
-            raise TypeError(f"check_first_call must be True or False, got {check_first_call!r}")
-        # Past the registration of submodules: a divergence may be a module, and a Teacher holds two.
-        settings = {"beta": beta, "divergence": resolve_divergence(divergence), "output_to_logits": output_to_logits}
-        looks = {"check_first_call": check_first_call, "_looked": False}
-        self.__dict__.update(settings, **looks, updates=0, _teacher=Teacher(model, teacher))
+        flag("check_first_call", check_first_call)
+        # Past the registration of submodules: each of the three may be a module.
+        self.__dict__.update(beta=beta, divergence=resolve_divergence(divergence), output_to_logits=output_to_logits)
+        self.check_first_call, self._looked, self.updates = check_first_call, False, 0
+        self._teacher = Teacher(model, teacher)
 
     @property
     def teacher(self) -> nn.Module:
@@ -154,8 +150,7 @@ class MomentumBregman(nn.Module):
             RuntimeError: `forward` never called the teacher, or ran trained modules of the model beside it, or the
                 model's parameters have changed.
         """
-        if not callable(forward):
-            raise TypeError(f"forward must be a function of a module, got {type(forward).__name__}")
+        check_forward(forward)
         compare = self.divergence if divergence is None else resolve_divergence(divergence)
         student = compared_tensors(outputs, self.output_to_logits)
         self._teacher.follow(unshare=True)
@@ -194,14 +189,12 @@ class MomentumBregman(nn.Module):
 
     def _look_at_modes(self, forward: Forward, answer: tuple[Tensor, ...], distance: Distance) -> None:
         """Once, and while model and teacher are still equal, so that any difference is one of train and eval mode."""
-        looked, self.__dict__["_looked"] = self._looked, True
+        looked, self._looked = self._looked, True
         if looked or self.updates or not self._teacher.equals_model():
             return
         inner = innermost(self._teacher.module)
-        state = ModuleState(inner)
-        random = RandomState(devices_of(inner), state.held.generators)
         with torch.no_grad():
-            with self._teacher.lent() as module, state.replayed(), random.replayed(), in_train_mode(inner):
+            with self._teacher.lent() as module, undone(inner), in_train_mode(inner):
                 trained = [compared_tensors(forward(module), self.output_to_logits) for _ in range(2)]
             look_at_modes(answer, trained, distance)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from smartreg._ascent.settings import LARGEST
 from smartreg._ascent.start import noise_start
 from smartreg._ascent.sweep import Row, Sweep, ratio
 from smartreg._ascent.verdict import FELT, gentle, is_sound, is_useful, recommended_range, wilson
+from smartreg._checks import check_forward, whole
 from smartreg._masks import Masks
-from smartreg._model.passes import ModelPasses, check_forward
-from smartreg._model.replay import ModuleState, RandomState, devices_of
+from smartreg._model.passes import ModelPasses
+from smartreg._model.replay import undone
 from smartreg._outputs import Forward
 from smartreg._wrappers import unwrapped
-from smartreg.divergences import Divergence, resolve_divergence
+from smartreg.divergences import Divergence, kind_of, resolve_divergence
 from smartreg.results import Diagnosis
 from smartreg.smart import SmartLoss
 
@@ -63,8 +64,9 @@ def diagnose(
       holds for the larger ones). A penalty of exactly 0 is rounding altogether: 1;
     - `dropout_share`: \(D / (D + R_s)\), D the divergence of two clean passes under different dropout masks: what
       `dropout="independent"` would add. 0 without dropout or in eval mode;
-    - `share_of_maximum`: the penalty over the larger of two that `reference_steps` further steps of steepest ascent, of
-      decreasing size, end at: from where the search ended, and from a start towards the uniform prediction;
+    - `share_of_maximum`: the penalty over the largest that `reference_steps` further steps of steepest ascent, of
+      decreasing size, end at: from where the search ended, and, where it did not end there already, from a start
+      towards the uniform prediction;
     - `lambda_s`: the weight at which the regularizer is a tenth of the given task loss. A tenth is felt and does not
       take over; what serves a task best has to be tried on held-out data.
 
@@ -81,8 +83,9 @@ def diagnose(
     The recommended range holds the ε that are all three, up to the first that is not gentle. It describes one batch and
     one state of the model: held-out data decides, and may prefer an ε outside of it.
 
-    It takes its time: for each ε about as long as 24 plain training steps on this batch, and as 4 with
-    `reference_steps=0`. Thirty-five examples or more are worth it; `progress=print` tells how long it will take.
+    It takes its time: for each ε about as long as 14 plain training steps on this batch (24 with steps of ascent or
+    another start than the default), and as 4 with `reference_steps=0`. Thirty-five examples or more are worth it;
+    `progress=print` tells how long it will take.
 
     Args:
         model: As in `SmartLoss`.
@@ -95,7 +98,7 @@ def diagnose(
             the unit "rms" the default of `SmartLoss`.
         loss: The task loss on this batch, for the column `lambda_s` and for what is useful.
         reference_steps: Steps of the ascent that `share_of_maximum` is measured against; 0 leaves it out, and saves
-            twice as many passes, forward and backward, for each ε.
+            as many passes, forward and backward, for each ε and each point that the ascent begins at.
         progress: Called after each ε with a line of text: how long it took, and about how long the others will.
         **options: Any other argument of `SmartLoss`, such as `embedding` or `norm`.
 
@@ -124,8 +127,9 @@ def diagnose(
     """
     check_forward(forward)
     sizes = _checked_sizes(epsilons, options.get("epsilon_scale", "rms"))
-    if isinstance(reference_steps, bool) or not isinstance(reference_steps, int) or reference_steps < 0:
-        raise ValueError(f"reference_steps must be an int of 0 or more, got {reference_steps!r}")
+    reference_steps = whole("reference_steps", reference_steps)
+    if not (loss is None or isinstance(loss, (Real, Tensor))):
+        raise TypeError(f"loss must be a number or a tensor of one, got {type(loss).__name__}")
     task_loss = None if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
     if task_loss is not None and not 0 < task_loss < float("inf"):
         raise ValueError(f"loss must be a finite number above 0, the task loss on this batch, got {loss!r}")
@@ -140,7 +144,7 @@ def diagnose(
     smart = SmartLoss(model, divergence=resolved, epsilon=1.0, step_size=1.0, noise_std=1.0, **options)
     began = time.perf_counter()
     try:
-        with _unchanged(smart):
+        with undone(unwrapped(model), [] if smart.generator is None else [smart.generator]):
             sweep = _swept_batch(smart, forward, Query(resolved, mask, None, output_mask, example_ids))
             rows = []
             for size in sizes:
@@ -207,8 +211,11 @@ def _swept_batch(smart: SmartLoss, forward: Forward, query: Query) -> Sweep:
     adversary = Adversary(smart.settings, smart.generator, replace(smart._looks, precision=None))
     objective, balls, start = adversary.begin(passes, clean, query)
     noise = start if smart.settings.start == "noise" else noise_start(balls, None, smart.generator)
-    uniform = replace(adversary, settings=replace(smart.settings, start="towards_uniform"))
-    restart = uniform.begin(passes, clean, query).start
+    restart = None  # where the search itself ends at that start
+    draws = kind_of(query.divergence) in (None, "value")  # nothing is uniform there, so that the start is a random one
+    if draws or smart.settings.start != "towards_uniform" or smart.settings.steps:
+        uniform = replace(adversary, settings=replace(smart.settings, start="towards_uniform"))
+        restart = uniform.begin(passes, clean, query).start
     autocast = smart.settings.ascent_autocast
     exact = objective.reference if autocast else passes.reference_without_autocast()[0]
     # Not frozen: where nothing needs a gradient some layers take another path, with other rounding.
@@ -218,20 +225,6 @@ def _swept_batch(smart: SmartLoss, forward: Forward, query: Query) -> Sweep:
     with passes.same_dropout(False), passes.perturbed([torch.zeros_like(nu) for nu in noise.perturbations]) as outputs:
         dropout = float(penalty.value(tuple(output.detach() for output in outputs)))
     return Sweep(ascent, penalty, balls, start, restart, noise, dropout)
-
-
-@contextlib.contextmanager
-def _unchanged(smart: SmartLoss) -> Iterator[None]:
-    """The random states, and buffers and attributes of the model, are as before after this block."""
-    module = unwrapped(smart.model)
-    drawn = None if smart.generator is None else smart.generator.get_state()
-    try:
-        state = ModuleState(module)
-        with RandomState(devices_of(module), state.held.generators).replayed(), state.replayed():
-            yield
-    finally:
-        if smart.generator is not None and drawn is not None:
-            smart.generator.set_state(drawn)
 
 
 def _checked_sizes(epsilons: Sequence[float] | None, scale: str) -> tuple[float, ...]:

@@ -52,7 +52,7 @@ def symmetric_kl(input: Tensor, target: Tensor, *, mask: Tensor | None = None, r
 
 
 def kl(input: Tensor, target: Tensor, *, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
-    """Kullback-Leibler divergence of the input's distribution from the target's, the direction of `torch.nn.KLDivLoss`.
+    """Kullback-Leibler divergence of the target's distribution from the input's, the direction of `torch.nn.KLDivLoss`.
 
     ℓ(a, b) = KL(q ‖ p) = Σ_c q_c (log q_c − log p_c),  p = softmax(a) of the input, q = softmax(b) of the target
 

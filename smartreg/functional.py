@@ -18,7 +18,7 @@ from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, S
 from smartreg._ascent.start import Noise, check_generator, refuse_surroundings
 from smartreg._masks import Masks
 from smartreg._model.replay import RandomState, worth_remembering
-from smartreg._outputs import OutputToLogits, check_output_to_logits, compared_tensors, divergence_of
+from smartreg._outputs import OutputToLogits, check_output_to_logits, compared_tensors
 from smartreg._wrappers import code_of
 from smartreg.divergences import Divergence, resolve_divergence
 from smartreg.results import SmartOutput
@@ -158,13 +158,8 @@ def smoothness_penalty(
         looks.repeatable = None
     if noise is None:
         looks.outcome.look_ahead(settings, resolved)
-    adversary = Adversary(settings, generator, looks)
     query = Query(resolved, mask, noise, output_mask, example_ids)
-    found = adversary.search(passes, clean, adversary.begin(passes, clean, query))
-    fixed = tuple(tensor.detach() for tensor in clean.compared) if detach_reference else clean.compared
-    with passes.perturbed(found.perturbations) as perturbed:
-        penalty = divergence_of(resolved, perturbed, fixed, output_mask)
-    looks.outcome.look(clean.compared, found, penalty.detach(), output_mask, clean.autocast_dtype)
+    _, penalty = Adversary(settings, generator, looks).penalty(passes, clean, query, passes.perturbed)
     return SmartOutput(outputs, penalty)
 
 
@@ -189,8 +184,9 @@ class _FunctionPasses:
         shared_dropout: bool,
     ) -> None:
         self._fn, self._embeds, self._output_to_logits = fn, embeds, output_to_logits
-        self._shared_dropout = shared_dropout
-        self._random = RandomState([embeds.device], remember_draws=shared_dropout and worth_remembering([embeds]))
+        remember = worth_remembering([embeds])
+        self._random = RandomState([embeds.device], shared=shared_dropout, remember_draws=remember)
+        self.same_dropout = self._random.sharing
         device = embeds.device.type
         self.autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -214,8 +210,7 @@ class _FunctionPasses:
         """
         base = self._embeds.detach() if freeze else self._embeds
         with contextlib.ExitStack() as stack:
-            if self._shared_dropout:
-                stack.enter_context(self._random.replayed())
+            stack.enter_context(self._random.replayed())
             if not autocast:
                 stack.enter_context(torch.autocast(base.device.type, enabled=False))
             perturbed = (base + perturbations[0]).to(base.dtype)
@@ -242,15 +237,6 @@ class _FunctionPasses:
     def undone(self) -> contextlib.AbstractContextManager[None]:
         """Does nothing: what `fn` writes to is not known."""
         return contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def same_dropout(self) -> Iterator[None]:
-        """In this block every pass sees the dropout masks of the clean one, whatever the setting says."""
-        before, self._shared_dropout = self._shared_dropout, True
-        try:
-            yield
-        finally:
-            self._shared_dropout = before
 
 
 def _looks_of(fn: Callable[[Tensor], Any]) -> Looks:

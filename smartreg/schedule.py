@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from smartreg._checks import number, whole
 from smartreg._warnings import warn
 
 
@@ -34,16 +34,9 @@ class SlantedTriangle:
 
     def __post_init__(self) -> None:
         # Plain numbers: NumPy ones would make the checkpoint need pickle.
-        if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, Integral):
-            raise TypeError(f"total_steps must be an int, got {self.total_steps!r}")
-        self.total_steps = int(self.total_steps)
-        if self.total_steps < 1:
-            raise ValueError(f"total_steps must be 1 or more, got {self.total_steps}")
+        self.total_steps = whole("total_steps", self.total_steps, least=1)
         for name in ("cut_frac", "ratio", "peak_factor"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            setattr(self, name, float(value))
+            setattr(self, name, number(name, getattr(self, name)))
         if not 0.0 <= self.cut_frac <= 1.0:
             raise ValueError(f"cut_frac must be in [0, 1], the share of steps that rise, got {self.cut_frac}")
         if not 1.0 <= self.ratio < math.inf:

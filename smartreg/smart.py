@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,10 @@ from smartreg._ascent.looks import Looks
 from smartreg._ascent.search import Found
 from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings, Start
 from smartreg._ascent.start import Noise, check_generator, refuse_surroundings
+from smartreg._checks import check_forward, flag
 from smartreg._masks import Masks
 from smartreg._model.embedding import EmbeddingTap, input_embeddings
-from smartreg._model.passes import CleanPass, ModelPasses, check_forward
+from smartreg._model.passes import CleanPass, ModelPasses
 from smartreg._model.replay import worth_remembering
 from smartreg._model.stored_gradients import StoredGradients, graph_mark
 from smartreg._outputs import Forward, OutputToLogits, check_output_to_logits, divergence_of
@@ -59,10 +61,10 @@ class SmartLoss(nn.Module):
             entries under the norm). `"absolute"`: they are what they say.
         ascent: `"projected"`, Algorithm 1, as above; `"steepest"`: s_i the sign of g_i for norm inf (for norm 2 the
             same); `"normalized"`, what MT-DNN and smart-pytorch do: δ ← (δ + η g) / (‖δ + η g‖_p + ε).
-        start: `"noise"`, Algorithm 1: N(0, σ² I). The others lie on the sphere of radius ε, as far as the norm allows
-            along the gradient of ⟨u, f(x)⟩, which takes one backward through the clean pass: `"gradient"`, u random
-            with the curvature of ℓ_s at equality as covariance; `"towards_uniform"`, u from the clean prediction to the
-            uniform one, without a draw (for values, which have none, as `"gradient"`).
+        start: `"noise"`, Algorithm 1: N(0, σ² I). The other two begin on the sphere of radius ε, in the direction that
+            raises ⟨u, f(x)⟩ most, for one backward through the clean pass: `"gradient"` draws u, with the curvature of
+            ℓ_s at equality as covariance; `"towards_uniform"` takes the uniform less the clean prediction for u and
+            draws nothing (values have no uniform prediction: as `"gradient"`).
         dropout: `"shared"`: the perturbed passes see the dropout masks of the clean one; `"independent"`: fresh masks.
         detach_reference: No gradient through the clean output.
         memory_efficient: The same values and gradients at the activation memory of one pass, for one more clean pass.
@@ -70,8 +72,8 @@ class SmartLoss(nn.Module):
             summed) to compare. None: a tensor is itself; else `.logits` or `["logits"]`.
         generator: Draws the start, and nothing else. None: torch's own, on the device of the embeddings.
         ascent_autocast: False runs the ascent with the user's autocast off, where half precision would drown a small ε.
-        check_first_call: Run one more clean pass in the first call (of each `forward`, in train and in eval mode), and
-            warn if its output is another: `forward` is not repeatable then.
+        check_first_call: In the first call of each `forward` and mode run the clean pass once more, and warn if its
+            output differs: `forward` is not repeatable then.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong kind or out of range; no embedding can be found.
@@ -126,9 +128,8 @@ class SmartLoss(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        for name, flag in (("memory_efficient", memory_efficient), ("check_first_call", check_first_call)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be True or False, got {flag!r}")
+        flag("memory_efficient", memory_efficient)
+        flag("check_first_call", check_first_call)
         check_generator(generator)
         check_output_to_logits(output_to_logits)
         self.settings = SmartSettings.checked(
@@ -243,16 +244,13 @@ class SmartLoss(nn.Module):
 
     def _standard(self, passes: ModelPasses, adversary: Adversary, query: Query) -> SmartOutput:
         """Clean graph and perturbed graph live side by side until the user's backward."""
-        detached = self.settings.detach_reference
         # The table's dense gradient is made once where both graphs start from one look-up. With a detached reference
         # the graphs have nothing in common, and each may have a backward of its own.
-        share_lookups = self.settings.dropout == "shared" and not detached
+        share_lookups = self.settings.dropout == "shared" and not self.settings.detach_reference
         clean = passes.clean(share_lookups=share_lookups, differentiable=adversary.pulls_back)
-        found = adversary.search(passes, clean, adversary.begin(passes, clean, query))
-        reference = tuple(tensor.detach() for tensor in clean.compared) if detached else clean.compared
-        with passes.perturbed(found.perturbations, bases=clean.shared_lookups) as perturbed:
-            penalty = divergence_of(query.divergence, perturbed, reference, query.output_mask)
-        self._record(found, penalty, clean, query.output_mask)
+        run = partial(passes.perturbed, bases=clean.shared_lookups)
+        found, penalty = adversary.penalty(passes, clean, query, run)
+        self._record(found, penalty.detach(), clean)
         return SmartOutput(clean.outputs, penalty)
 
     def _efficient(self, passes: ModelPasses, adversary: Adversary, query: Query) -> SmartOutput:
@@ -271,17 +269,16 @@ class SmartLoss(nn.Module):
             scale = self._looks.loss_scale.get(value.device, *begin.objective.dtypes, *(p.dtype for p in perturbed))
             stored = StoredGradients.of(value, (*reference, *(leaves or ())), mark, scale)
         self._looks.loss_scale.update(scale, stored.all())
-        self._record(found, stored.value, first, query.output_mask)
+        self._looks.outcome.look(first.compared, found, stored.value, query.output_mask, first.autocast_dtype)
+        self._record(found, stored.value, first)
         share_lookups = leaves is not None
         del perturbed, value, begin, found, leaves, reference, first  # nothing of the freed graph need outlive it
         clean = passes.clean_again(share_lookups=share_lookups)
         return SmartOutput(clean.outputs, stored.attach((*clean.compared, *(clean.shared_lookups or ()))))
 
-    def _record(self, found: Found, penalty: Tensor, clean: CleanPass, output_mask: Masks) -> None:
+    def _record(self, found: Found, penalty: Tensor, clean: CleanPass) -> None:
         self._remember_draws = worth_remembering(clean.embeddings)
-        penalty = penalty.detach()
         start = penalty if found.start_divergence is None else found.start_divergence
-        self._looks.outcome.look(clean.compared, found, penalty, output_mask, clean.autocast_dtype)
         self.stats = SmartStats(penalty, start, found.largest(), found.bad_examples, found.radius_used)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

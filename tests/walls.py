@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 WINGS = ("_ascent", "_model", "_teacher", "_divergences")
-BASE = ("_masks",)
+BASE = ("_checks", "_masks")
 FORMULAS = ("_divergences",)
 SUPPORT = ("_loss_scale", "_outputs", "_typing", "_warnings", "_wrappers", "divergences")
 MECHANISMS = ("_ascent", "_model", "_teacher")
@@ -171,6 +171,14 @@ def wings_open_with_a_docstring(sources: list[Source]) -> Iterator[str]:
         yield from _without_docstring(found[wing])
 
 
+def wings_name_their_files(sources: list[Source]) -> Iterator[str]:
+    docstrings = {s.part: ast.get_docstring(ast.parse(s.text)) for s in sources if s.path.name == "__init__.py"}
+    for source in sources:
+        text = docstrings.get(source.part) if source.part in WINGS and source.path.name != "__init__.py" else None
+        if text and f"`{source.path.name}`" not in text:
+            yield f"{source.part}/__init__.py does not name {source.path.name}"
+
+
 def files_stay_short(sources: list[Source]) -> Iterator[str]:
     for source in sources:
         if (lines := len(source.text.splitlines())) > MOST_LINES:
@@ -184,6 +192,7 @@ RULES = (
     core_imports_torch_alone,
     the_root_holds_names_alone,
     wings_open_with_a_docstring,
+    wings_name_their_files,
     files_stay_short,
 )
 

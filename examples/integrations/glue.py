@@ -1,4 +1,4 @@
-"""Fine-tunes a classifier with the Trainer of transformers: SMART is two class names and three fields.
+"""Fine-tunes a classifier with the Trainer of transformers: SMART is two class names and a field.
 
 python examples/integrations/glue.py --model FOLDER --epochs 1
 """
@@ -38,7 +38,6 @@ def main() -> None:
         logging_steps=2,
         report_to="none",
         smart_lambda=0.03,
-        bregman_mu=1.0,
     )
     trainer = SmartTrainer(  # was Trainer
         model=model,

@@ -41,7 +41,7 @@ def main() -> None:
     lightning.seed_everything(0)
     ids = torch.randint(VOCABULARY, (256, TOKENS))
     data = TensorDataset(ids, (ids[:, 0] < VOCABULARY // 2).long())
-    smart = SmartCallback(smart_options={"embedding": "0"}, bregman_mu=1.0)
+    smart = SmartCallback(smart_options={"embedding": "0"})
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(max_epochs=3, accelerator="cpu", callbacks=[smart], **quiet)
     trainer.fit(Classifier(), DataLoader(data, batch_size=32, shuffle=True), DataLoader(data, batch_size=256))

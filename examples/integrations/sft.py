@@ -1,4 +1,4 @@
-"""Fine-tunes a causal language model on sentences with TRL: SMART is two class names and two fields.
+"""Fine-tunes a causal language model on sentences with TRL: SMART is two class names and a field.
 
 python examples/integrations/sft.py --model FOLDER
 """
@@ -37,7 +37,6 @@ def main() -> None:
         report_to="none",
         bf16=False,  # TRL sets it, and not every CPU has it
         smart_lambda=0.03,
-        bregman_mu=1.0,
     )
     trainer = SmartSFTTrainer(  # was SFTTrainer
         AutoModelForCausalLM.from_pretrained(options.model),

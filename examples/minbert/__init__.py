@@ -2,7 +2,7 @@
 
 The five lines that add SMART to a training step are in `objective.py`. Around them, from the outside in:
 
-cli.py          from the command line to a finished run
+cli.py          the command line; `run.py` makes the run that it asks for
 settings.py     every setting: its flag, its range, the argument of the library that it becomes
 train.py        the loop; with `optimizer.py` (AdamW, learning rate) and `progress.py` (losses, memory, SIGTERM)
 objective.py    the loss of a batch: task loss, smoothness, Bregman term
@@ -10,7 +10,7 @@ model.py        one encoder, one head a task; on `bert.py` (the encoder) and `pr
 tasks.py        the four tasks, their losses and metrics
 data.py         reading the files; `batching.py` makes tensors of them
 evaluate.py     metrics and predictions of a split
-report.py       what a run prints, `metrics.json`, the figure
+report.py       what a run prints, `metrics.json`, the figure; `words.py` what that means, in sentences
 run_folder.py   the folder of a run: who may work in it, what is in it
 checkpoint.py   how a run survives being killed
 resume.py       what of a run is in a checkpoint, and going on from it

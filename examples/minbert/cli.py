@@ -1,4 +1,4 @@
-"""`examples/minbert_multitask.py`: from the command line to a finished run."""
+"""`examples/minbert_multitask.py`: its command line, and the exit code of whatever happens."""
 
 import argparse
 import io

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,7 @@ def evaluate_run(given: dict[str, Any]) -> int:
     # Weights are all in the checkpoint; the run keeps its encoder's configuration and tokenizer beside it.
     config = encoder_config(run / "encoder", settings)
     weights = checkpoint.load_model(saved, model_shapes(settings, config))
-    model = build_model(replace(settings, init_from=None), config, None)
+    model = build_model(settings, config, None)
     model.load_state_dict(weights)
     model.to(place.device, getattr(torch, settings.dtype))
     tokenizer = SentenceTokenizer(run / "encoder", settings.max_length)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smartreg._ascent.ball import Ball
 from smartreg._ascent.looks import Looks, Repeated
-from smartreg._ascent.objective import Graph, Objective
+from smartreg._ascent.objective import Graph, Objective, RunPass
 from smartreg._ascent.search import Found, search
 from smartreg._ascent.settings import SmartSettings
 from smartreg._ascent.start import (
@@ -27,7 +27,7 @@ from smartreg._ascent.start import (
     zero_start,
 )
 from smartreg._masks import Masks
-from smartreg._outputs import keep_of
+from smartreg._outputs import divergence_of, keep_of
 from smartreg.divergences import Divergence, kind_of
 
 
@@ -103,6 +103,16 @@ class Adversary:
         """Whether the start comes from the graph of the clean pass, where there is one."""
         return self.settings.start != "noise" and self.settings.epsilon > 0 and torch.is_grad_enabled()
 
+    def penalty(self, passes: Passes, clean: Clean, query: Query, run: RunPass) -> tuple[Found, Tensor]:
+        """R_s with its graph, and what the search found."""
+        found = self.search(passes, clean, self.begin(passes, clean, query))
+        detached = self.settings.detach_reference
+        reference = tuple(tensor.detach() for tensor in clean.compared) if detached else clean.compared
+        with run(found.perturbations) as perturbed:
+            penalty = divergence_of(query.divergence, perturbed, reference, query.output_mask)
+        self.looks.outcome.look(clean.compared, found, penalty.detach(), query.output_mask, clean.autocast_dtype)
+        return found, penalty
+
     def begin(self, passes: Passes, clean: Clean, query: Query) -> Position:
         """Set up the objective, the balls and the start.
 
@@ -129,11 +139,11 @@ class Adversary:
         else:
             u = given_cotangents(fixed, noise)
         u = [_kept(one, keep) for one, keep in zip(u, keep_of(query.output_mask, fixed), strict=True)]
-        zeros = [torch.zeros_like(ball.embeddings, dtype=ball.norm_scale.dtype) for ball in balls]
         if clean.graph is None:
-            return Position(objective, balls, gradient_start(balls, objective.pullback(u, zeros)))
-        with passes.undone():  # a checkpointed part of the model runs again, under the user's own graph
-            gradients = objective.pullback(u, zeros, clean.graph)
+            gradients = objective.pullback(u, zero_start(balls).perturbations)
+        else:
+            with passes.undone():  # a checkpointed part of the model runs again, under the user's own graph
+                gradients = objective.pullback_through(u, clean.graph)
         return Position(objective, balls, gradient_start(balls, gradients))
 
     def search(self, passes: Passes, clean: Clean, position: Position) -> Found:

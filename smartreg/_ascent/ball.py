@@ -65,6 +65,16 @@ class Ball:
                 norm_scale = entry_scale * entries(wide, visible, under_norm).sqrt()
         return cls(embeddings, visible, entry_scale, norm_scale, example, under_norm, settings)
 
+    @property
+    def radius(self) -> Tensor:
+        """ε in the unit of the embeddings, broadcastable to them."""
+        return self.settings.epsilon * self.norm_scale
+
+    @property
+    def step_size(self) -> Tensor:
+        """η likewise."""
+        return self.settings.step_size * self.norm_scale
+
     def noise(self, generator: torch.Generator | None) -> Tensor:
         r"""Draw \(\nu \sim N(0, \sigma^2 I)\), zero at padding (Algorithm 1, line 6)."""
         dtype, device = self.entry_scale.dtype, self.embeddings.device
@@ -82,7 +92,7 @@ class Ball:
         r"""\(\Pi_\epsilon\) of the perturbation; the packages' rule (`"normalized"`) has none."""
         if self.settings.ascent == "normalized":
             return perturbation
-        return project(perturbation, self.settings.epsilon * self.norm_scale, self.settings.norm, self.under_norm)
+        return project(perturbation, self.radius, self.settings.norm, self.under_norm)
 
     def steepest(self, gradient: Tensor) -> Tensor:
         r"""The s that maximises \(\langle g, s \rangle\) over \(\|s\|_p \le 1\): the sign for ∞, g / ‖g‖ for 2."""
@@ -106,12 +116,11 @@ class Ball:
 
     def share_of_radius(self, perturbation: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of ‖δ‖ / ε over the norms of all examples, and how many of them there are."""
-        radius = self.settings.epsilon * self.norm_scale
         size = vector_norm(perturbation, self.settings.norm, self.under_norm)
-        real = radius.expand_as(size) > 0
+        real = self.radius.expand_as(size) > 0
         if self.mask is not None:
             real = real & self.under_norm.any(self.mask)
-        share = torch.where(real, size / torch.where(real, radius, 1.0), 0.0)
+        share = torch.where(real, size / torch.where(real, self.radius, 1.0), 0.0)
         return self.under_norm.one_each(share).sum(), self.under_norm.one_each(real).sum()
 
 

@@ -17,7 +17,7 @@ class Extent:
     Attributes:
         dims: The dimensions that are reduced, and kept with size 1.
         index: Int64, (batch, ..., 1): the number of the example that a position belongs to, where examples are not
-            rows; what is left of the dimensions is then reduced over the positions of one number.
+            rows; after `dims`, the positions of one number are reduced together.
         count: How many examples `index` tells apart.
     """
 

@@ -114,7 +114,7 @@ class OutcomeCheck:
         self._said: set[str] = set()
 
     def look_ahead(self, settings: SmartSettings, divergence: Divergence) -> None:
-        """Warn if these settings have no gradient to follow, after which it is no news that nothing happens."""
+        """Warn if these settings leave the ascent no gradient to follow; that a call has no effect is then no news."""
         if "flat" not in self._said and warn_if_nothing_to_follow(settings, divergence):
             self._said.update(("flat", "idle"))
 
@@ -157,7 +157,7 @@ class OutcomeCheck:
             if "broken" not in self._said:
                 self._said.add("broken")
                 warn(_broken(value, clean))
-        elif "idle" not in self._said and found.moves and _all_bad(found, autocast):
+        elif "idle" not in self._said and found.balls[0].settings.moves and _all_bad(found, autocast):
             if not all(keep is None or bool(keep.any()) for keep in keep_of(output_mask, clean)):
                 return  # there was nothing to compare
             self._said.add("idle")
@@ -171,7 +171,7 @@ class OutcomeCheck:
 
 
 def _all_bad(found: Found, autocast: torch.dtype | None) -> bool:
-    """Whether no example had a gradient, other than for a loss scale that float16 has yet to find."""
+    """Whether no example had a usable gradient; not asked in float16, whose loss scale may still be too large."""
     embedded = found.balls[0].embeddings
     masked = embedded.numel() > 0 and found.share_real() == 0  # nothing was left to have a gradient
     found_none = (int(found.bad_examples) > 0 or masked) and bool(found.all_bad)

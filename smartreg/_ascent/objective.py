@@ -61,27 +61,24 @@ class Objective:
             gradients = self._differentiate(value, variables, adjust_scale=adjust_scale)
         return value.detach(), gradients
 
-    def pullback(
-        self, cotangents: Sequence[Tensor], variables: Sequence[Tensor], graph: Graph | None = None
-    ) -> list[Tensor] | None:
+    def pullback(self, cotangents: Sequence[Tensor], variables: Sequence[Tensor]) -> list[Tensor] | None:
         r"""\(J^\top u\) for each look-up: the gradient of \(\sum_k \langle u_k, f_k(x + \delta) \rangle\) at δ = 0.
 
         Args:
             cotangents: u_k, of the shapes of the tensors to compare.
             variables: δ = 0 for each look-up.
-            graph: A clean pass that is there already, whose backward is all that it takes, and which stays; None runs
-                one.
 
         Returns:
             Gradients, not finite after an overflow in float16; None if the outputs depend on no look-up.
         """
-        if graph is not None:
-            outputs, embeddings = graph
-            value = _inner_product(cotangents, outputs)
-            return self._differentiate(value, embeddings, adjust_scale=True, keep_graph=True)
         variables = [variable.detach().requires_grad_() for variable in variables]
         with torch.enable_grad(), self.run(variables) as perturbed:
             return self._differentiate(_inner_product(cotangents, perturbed), variables, adjust_scale=True)
+
+    def pullback_through(self, cotangents: Sequence[Tensor], graph: Graph) -> list[Tensor] | None:
+        """The same by one backward through a clean pass that is there already; its graph stays."""
+        outputs, embeddings = graph
+        return self._differentiate(_inner_product(cotangents, outputs), embeddings, adjust_scale=True, keep_graph=True)
 
     def _differentiate(
         self, value: Tensor, variables: Sequence[Tensor], *, adjust_scale: bool, keep_graph: bool = False

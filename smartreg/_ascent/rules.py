@@ -17,19 +17,18 @@ from smartreg._ascent.settings import Ascent
 
 def projected(ball: Ball, delta: Tensor, gradient: Tensor) -> Tensor:
     r"""Algorithm 1: \(\Pi_\epsilon(\delta_i + \eta \, g_i / \|g_i\|_p)\)."""
-    step = ball.settings.step_size * ball.norm_scale
-    return ball.project(delta + step * normalize(gradient, ball.settings.norm, ball.under_norm))
+    return ball.project(delta + ball.step_size * normalize(gradient, ball.settings.norm, ball.under_norm))
 
 
 def steepest(ball: Ball, delta: Tensor, gradient: Tensor) -> Tensor:
     r"""\(\Pi_\epsilon(\delta_i + \eta s_i)\), \(s_i = \arg\max_{\|s\|_p \le 1} \langle g_i, s \rangle\)."""
-    return ball.project(delta + ball.settings.step_size * ball.norm_scale * ball.steepest(gradient))
+    return ball.project(delta + ball.step_size * ball.steepest(gradient))
 
 
 def normalized(ball: Ball, delta: Tensor, gradient: Tensor) -> Tensor:
     r"""What MT-DNN and smart-pytorch do: \(s_i / (\|s_i\|_p + \epsilon)\) with \(s_i = \delta_i + \eta g_i\)."""
-    stepped = delta + ball.settings.step_size * ball.norm_scale * gradient
-    size = vector_norm(stepped, ball.settings.norm, ball.under_norm) + ball.settings.epsilon * ball.norm_scale
+    stepped = delta + ball.step_size * gradient
+    size = vector_norm(stepped, ball.settings.norm, ball.under_norm) + ball.radius
     return stepped / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 

@@ -34,12 +34,6 @@ class Found:
     balls: Sequence[Ball]
     all_bad: Tensor
 
-    @property
-    def moves(self) -> bool:
-        """Whether the settings ask for any perturbation."""
-        settings = self.balls[0].settings
-        return settings.epsilon > 0 or settings.ascent == "normalized"
-
     def share_real(self) -> float:
         """How many of all positions may be perturbed."""
         return sum(1.0 if ball.mask is None else float(ball.mask.float().mean()) for ball in self.balls) / len(
@@ -64,7 +58,7 @@ def search(objective: Objective, balls: Sequence[Ball], start: Start) -> Found:
         RuntimeError: The output depends on no perturbation.
     """
     settings = balls[0].settings
-    steps = settings.steps if settings.epsilon > 0 or settings.ascent == "normalized" else 0
+    steps = settings.steps if settings.moves else 0
     perturbations, bad = [delta.detach() for delta in start.perturbations], list(start.unusable)
     start_divergence: Tensor | None = None
     for _ in range(steps):

@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import Self
 
+from smartreg._checks import flag, not_negative, whole
+
 Norm = Literal["inf", "2"]
 NormOver = Literal["example", "token"]
 EpsilonScale = Literal["rms", "absolute"]
@@ -47,6 +49,11 @@ class SmartSettings:
     detach_reference: bool
     ascent_autocast: bool
 
+    @property
+    def moves(self) -> bool:
+        """Whether the ascent may move a perturbation at all: a ball of radius 0 holds nothing but its centre."""
+        return self.epsilon > 0 or self.ascent == "normalized"
+
     @classmethod
     def checked(cls, *, norm: object, **options: Any) -> Self:
         """Validate the options as a user wrote them.
@@ -56,15 +63,10 @@ class SmartSettings:
             ValueError: A number is out of range or an option is misspelt.
         """
         for name in ("epsilon", "step_size", "noise_std"):
-            _require_size(name, options[name])
+            options[name] = _size(name, options[name])
         for name in ("detach_reference", "ascent_autocast"):
-            if not isinstance(options[name], bool):
-                raise TypeError(f"{name} must be True or False, got {options[name]!r}")
-        steps = options["steps"]
-        if isinstance(steps, bool) or not isinstance(steps, int):
-            raise TypeError(f"steps must be an int, got {steps!r}")
-        if steps < 0:
-            raise ValueError(f"steps must be 0 (random smoothing) or more, got {steps}")
+            flag(name, options[name])
+        options["steps"] = whole("steps", options["steps"], meaning=" (random smoothing)")
         for name, choices in _CHOICES.items():
             if options[name] not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {options[name]!r}")
@@ -77,22 +79,10 @@ class SmartSettings:
         return cls(norm=checked_norm, **options)
 
 
-def require_not_negative(name: str, value: object) -> float:
-    """The value as a float; a `TypeError` or `ValueError` unless it is a finite number of 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        fine = math.isfinite(value) and value >= 0
-    except OverflowError:
-        raise ValueError(f"{name} must be finite and not negative, got an int that no float can hold") from None
-    if not fine:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
-    return float(value)
-
-
-def _require_size(name: str, value: object) -> None:
-    if (size := require_not_negative(name, value)) > LARGEST:
+def _size(name: str, value: object) -> float:
+    if (size := not_negative(name, value)) > LARGEST:
         raise ValueError(
             f"{name} must be at most {LARGEST:g}, got {size:g}: norms of much more overflow in float32, and "
             f"{LARGEST:g} is as good as no limit"
         )
+    return size

@@ -104,7 +104,7 @@ def gradient_start(balls: Sequence[Ball], gradients: Sequence[Tensor] | None) ->
     for ball, gradient in zip(balls, gradients, strict=True):
         usable, unusable = ball.usable(gradient)
         gradient = torch.where(usable, ball.hide_padding(gradient.to(ball.norm_scale.dtype)), 0.0)
-        starts.append(ball.settings.epsilon * ball.norm_scale * ball.steepest(gradient))
+        starts.append(ball.radius * ball.steepest(gradient))
         marks.append(unusable)
     return Start(starts, marks)
 

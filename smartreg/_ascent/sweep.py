@@ -42,7 +42,7 @@ class Sweep:
         penalty: The objective of the pass that makes the penalty.
         balls: The ball of each look-up; the ε in their settings is not used.
         start: Where the search begins for ε = 1; it is proportional to ε.
-        restart: Another start for ε = 1, towards the uniform prediction.
+        restart: The start towards the uniform prediction for ε = 1; None where the search ends there, without a step.
         noise: A starting noise for σ = 1.
         dropout: D, the divergence of two clean passes under different dropout masks.
     """
@@ -51,7 +51,7 @@ class Sweep:
     penalty: Objective
     balls: Sequence[Ball]
     start: Start
-    restart: Start
+    restart: Start | None
     noise: Start
     dropout: float
 
@@ -87,12 +87,13 @@ class Sweep:
     def _share(self, penalty: float, balls: Sequence[Ball], found: Found, steps: int) -> float:
         """The penalty over the largest one that two longer ascents end at, whose steps become smaller and smaller."""
         epsilon, largest = balls[0].settings.epsilon, penalty
-        for deltas in (found.perturbations, [epsilon * delta for delta in self.restart.perturbations]):
+        again = [] if self.restart is None else [[epsilon * delta for delta in self.restart.perturbations]]
+        for deltas in (found.perturbations, *again):
             for k in range(steps):
                 size = 2.0 * epsilon * (1.0 - k / steps)
                 settings = replace(balls[0].settings, ascent="steepest", steps=1, step_size=size)
                 further = [replace(ball, settings=settings) for ball in balls]
-                deltas = search(self.ascent, further, self.restart._replace(perturbations=deltas)).perturbations
+                deltas = search(self.ascent, further, self.start._replace(perturbations=deltas)).perturbations
             largest = max(largest, float(self.penalty.value(self._outputs(deltas))))
         return ratio(penalty, largest) if largest else 1.0
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 class Lookup(NamedTuple):
     """What was looked up, and in which module.
 
-    Inputs on the CPU are copied and compared by value. On an accelerator, where that would wait for the device, they
-    are kept, so that nothing else gets their memory: what has the same memory, layout and number of writes as they had
-    then is the same. What `forward` computes anew in every pass counts as another input there, whose look-up has an
-    output, and a gradient, of its own.
+    Inputs on the CPU are copied and compared by value. On an accelerator that would wait for the device: the input
+    itself is kept there, and another is the same if its address, strides and version are. Ids that `forward` computes
+    anew in every pass never are, and so keep a look-up, and a gradient, of their own.
     """
 
     module: nn.Module
@@ -58,7 +57,7 @@ class EmbeddingPass:
 
     Args:
         perturbations: One for each look-up, in order, or None to record the embeddings by value.
-        bases: What to perturb in place of the output of each look-up, which is then looked up for nothing.
+        bases: Embeddings to perturb in place of the output of each look-up, which is then discarded.
         base_lookups: What each of them was a look-up of; another one keeps its own output.
         attached: Record the embeddings with their graph too, where they are not compiled; the model gets a copy.
     """

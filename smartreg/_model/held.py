@@ -95,7 +95,7 @@ class HeldState:
 
     def fresh(self, *, now: bool = False) -> dict[int, Tensor]:
         """For each tensor that the clean pass wrote to, by id, another with the content from before it, or of now."""
-        if now:  # what runs again under a graph that is there must find as much to save for it
+        if now:  # a checkpointed layer that runs again for a graph that is there must save as many tensors for it
             return {
                 id(w.tensor): w.tensor.detach().clone().requires_grad_(w.tensor.requires_grad) for w in self._tensors
             }

@@ -12,18 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
 
+from smartreg._model.ddp import around_wrapper, bring_buffers, through_wrapper
 from smartreg._model.embedding import EmbeddingPass, EmbeddingTap
 from smartreg._model.replay import ModuleState, RandomState, Stilled, backward_hooks, devices_of
-from smartreg._model.wrapper import around_wrapper, bring_buffers, through_wrapper
 from smartreg._outputs import Forward, OutputToLogits, compared_tensors
 from smartreg._wrappers import code_of, is_compiled, unwrapped, without_ddp
-
-
-def check_forward(forward: object) -> None:
-    """Raises a `TypeError` unless the argument can be called."""
-    if not callable(forward):
-        kind = type(forward).__name__
-        raise TypeError(f"forward must be a function of the module, as in lambda m: m(**batch), got {kind}")
 
 
 @dataclass(frozen=True)
@@ -88,14 +81,17 @@ class ModelPasses:
     ) -> None:
         self._model, self._tap, self._forward = model, tap, forward
         self._output_to_logits = output_to_logits
-        self._shared_dropout = shared_dropout
         self._inner = without_ddp(model)
         self._module = unwrapped(model)
         bring_buffers(model)  # the replays begin where the clean pass will
         self._state = ModuleState(self._module)
         self._random = RandomState(
-            devices_of(self._module), self._state.held.generators, remember_draws=remember_draws and shared_dropout
+            devices_of(self._module),
+            self._state.held.generators,
+            shared=shared_dropout,
+            remember_draws=remember_draws,
         )
+        self.same_dropout = self._random.sharing
         self._first = EmbeddingPass()
         self._stilled = Stilled(self._module, freeze=False)
         self._has_clean = False
@@ -120,8 +116,7 @@ class ModelPasses:
         """
         differentiable = differentiable and self._may_differentiate()
         self._first = EmbeddingPass(attached=share_lookups or differentiable)
-        with self._tap.open(self._first), through_wrapper(self._model, self._first), self._random.draws:
-            outputs = self._forward(self._model)
+        outputs = self._through(self._first)
         return self._kept(outputs, share_lookups=share_lookups, differentiable=differentiable)
 
     def reference(self, *, differentiable: bool = False) -> CleanPass:
@@ -134,8 +129,8 @@ class ModelPasses:
         """
         differentiable = differentiable and self._may_differentiate()
         self._first = EmbeddingPass(attached=differentiable)
-        with self._without_saving(self._first, drop=not differentiable):
-            outputs = self._forward(self._inner)
+        with self._dropping(not differentiable), self._around(self._first) as outputs:
+            pass
         found = self._kept(outputs, share_lookups=False, differentiable=differentiable)
         return found if differentiable else found.as_leaves()
 
@@ -165,8 +160,8 @@ class ModelPasses:
 
     def _repeated(self, *, autocast: bool = True) -> tuple[tuple[Tensor, ...], EmbeddingPass]:
         record = EmbeddingPass(attached=self._first.attached)  # as the first, for the graphs of torch.compile
-        with self._replayed(), self._autocast(autocast), self._without_saving(record):
-            compared = compared_tensors(self._forward(self._inner), self._output_to_logits)
+        with self._replayed(), self._dropping(), self._around(record, autocast=autocast) as outputs:
+            compared = compared_tensors(outputs, self._output_to_logits)
             return tuple(tensor.detach() for tensor in compared), record
 
     def undone(self) -> contextlib.AbstractContextManager[None]:
@@ -194,8 +189,8 @@ class ModelPasses:
         """
         record = EmbeddingPass(perturbations, bases=bases, base_lookups=self._first.lookups_of)
         with self._replayed(), self._still(freeze=freeze) if freeze or inner else contextlib.nullcontext():
-            with self._tap.open(record), around_wrapper(self._model), self._autocast(autocast), self._random.draws:
-                logits = compared_tensors(self._forward(self._inner), self._output_to_logits)
+            with self._around(record, autocast=autocast) as outputs:
+                logits = compared_tensors(outputs, self._output_to_logits)
             if record.lookups != len(perturbations):
                 raise RuntimeError(
                     f"the perturbation reached {record.lookups} embedding look-ups in a perturbed pass, "
@@ -217,7 +212,7 @@ class ModelPasses:
         None where a look-up in that pass need not equal the recorded one (fresh dropout masks), or is compiled, so that
         its embeddings cannot be had with their graph.
         """
-        if not self._shared_dropout or self._first.compiled_lookups:
+        if not self._random.shared or self._first.compiled_lookups:
             return None
         pairs = zip(self._first.embeddings, self._first.needs_gradient, strict=True)
         return tuple(embedded.detach().requires_grad_(needed) for embedded, needed in pairs)
@@ -229,20 +224,10 @@ class ModelPasses:
             share_lookups: Record the embeddings with their graph as well.
         """
         record = EmbeddingPass(attached=share_lookups)
-        with self._random.replayed(), self._state.replayed(keep_attributes=True):
-            with self._tap.open(record), through_wrapper(self._model, record), self._random.draws:
-                outputs = self._forward(self._model)
+        with self._random.sharing(), self._random.replayed(), self._state.replayed(keep_attributes=True):
+            outputs = self._through(record)
             compared = compared_tensors(outputs, self._output_to_logits)
             return CleanPass(outputs, compared, record, tuple(record.graphs) if share_lookups else None)
-
-    @contextlib.contextmanager
-    def same_dropout(self, same: bool = True) -> Iterator[None]:
-        """In this block perturbed passes see the dropout masks of the clean one, or not, whatever the setting says."""
-        before, self._shared_dropout = self._shared_dropout, same
-        try:
-            yield
-        finally:
-            self._shared_dropout = before
 
     def _kept(self, outputs: Any, *, share_lookups: bool, differentiable: bool) -> CleanPass:
         """After the first pass: check that it was recorded, and keep what it made of the model."""
@@ -273,28 +258,30 @@ class ModelPasses:
 
     @contextlib.contextmanager
     def _replayed(self) -> Iterator[None]:
-        random = self._random.replayed() if self._shared_dropout else contextlib.nullcontext()
-        with random, self._state.replayed():
+        with self._random.replayed(), self._state.replayed():
             yield
 
+    def _through(self, record: EmbeddingPass) -> Any:
+        """What `forward` returns for the model as the user gave it."""
+        with self._tap.open(record), through_wrapper(self._model, record), self._random.draws:
+            return self._forward(self._model)
+
     @contextlib.contextmanager
-    def _without_saving(self, record: EmbeddingPass, *, drop: bool = True) -> Iterator[None]:
-        """A pass around the wrapper, recorded, that keeps nothing for a backward, if it is to `drop` it."""
+    def _around(self, record: EmbeddingPass, *, autocast: bool = True) -> Iterator[Any]:
+        """What `forward` returns for the model inside of DDP; `autocast=False` switches the user's off in the block."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._tap.open(record))
             stack.enter_context(around_wrapper(self._model))
             stack.enter_context(self._random.draws)
-            if drop and not is_compiled(self._inner):  # compiled graphs free what they save with their output anyway
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_drop, _missing))
-            yield
+            for device_type in {e.device.type for e in self._first.embeddings} if not autocast else ():
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+            yield self._forward(self._inner)
 
-    @contextlib.contextmanager
-    def _autocast(self, enabled: bool) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if not enabled:
-                for device_type in {e.device.type for e in self._first.embeddings}:
-                    stack.enter_context(torch.autocast(device_type, enabled=False))
-            yield
+    def _dropping(self, drop: bool = True) -> contextlib.AbstractContextManager[Any]:
+        """In this block nothing is saved for a backward; compiled graphs free it with their output anyway."""
+        if not drop or is_compiled(self._inner):
+            return contextlib.nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(_drop, _missing)
 
     def _compile_hint(self) -> str:
         if not is_compiled(self._inner):

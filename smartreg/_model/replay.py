@@ -22,6 +22,7 @@ class RandomState:
     Args:
         devices: The accelerators in use; each has a generator of its own.
         held: Generators that modules hold.
+        shared: Whether `replayed` does anything: passes see the dropout masks of the first one.
         remember_draws: Passes inside `draws` copy the dropout masks of an earlier one, where all runs on the CPU.
 
     Attributes:
@@ -29,13 +30,19 @@ class RandomState:
     """
 
     def __init__(
-        self, devices: Iterable[torch.device], held: Iterable[Any] = (), *, remember_draws: bool = False
+        self,
+        devices: Iterable[torch.device],
+        held: Iterable[Any] = (),
+        *,
+        shared: bool = True,
+        remember_draws: bool = False,
     ) -> None:
+        self.shared = shared
         self.devices = sorted({d for d in devices if has_generator(d)}, key=str)
         self._always = torch_sources(self.devices)
         self._others = other_sources(held)
         self._states = [source.read() for source in (*self._always, *self._others)]
-        remembers = remember_draws and not self.devices and RememberedDraws.available()
+        remembers = remember_draws and shared and not self.devices and RememberedDraws.available()
         self.draws: contextlib.AbstractContextManager[Any] = (
             RememberedDraws() if remembers else contextlib.nullcontext()
         )
@@ -50,6 +57,9 @@ class RandomState:
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """Start the block from this state, and leave the generators as they were before it."""
+        if not self.shared:
+            yield
+            return
         sources = [*self._always, *self._others]
         before = [source.read() for source in sources]
         try:
@@ -59,6 +69,15 @@ class RandomState:
         finally:
             for source, state in zip(sources, before, strict=True):
                 source.write(state)
+
+    @contextlib.contextmanager
+    def sharing(self, shared: bool = True) -> Iterator[None]:
+        """In this block passes see the dropout masks of the clean one, or not, whatever the setting says."""
+        before, self.shared = self.shared, shared
+        try:
+            yield
+        finally:
+            self.shared = before
 
 
 class ModuleState:
@@ -120,6 +139,19 @@ class ModuleState:
             if not keep_attributes:
                 restore(vars(module), attributes)
             restore(module._buffers, buffers)
+
+
+@contextlib.contextmanager
+def undone(model: nn.Module, generators: Iterable[Any] = ()) -> Iterator[None]:
+    """At the end of this block the model, and every generator of random numbers, is as before it.
+
+    Args:
+        model: The unwrapped model.
+        generators: Others than those that it holds.
+    """
+    state = ModuleState(model)
+    with RandomState(devices_of(model), [*state.held.generators, *generators]).replayed(), state.replayed():
+        yield
 
 
 def _with(attributes: dict[str, Any], instead: dict[int, Tensor]) -> dict[str, Any]:

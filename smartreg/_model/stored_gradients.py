@@ -105,9 +105,9 @@ class _StoredGradient(Function):
 
 
 def graph_mark() -> int:
-    """A number that every autograd node made from here on reaches and none made before does.
+    """The sequence number of an autograd node made now: those made later have a larger one, older ones a smaller.
 
-    Weights that autocast cast before would enter what comes with an older graph: they are cast anew.
+    Autocast's cache is cleared, because a weight that it has cast already would bring an older node with it.
     """
     torch.clear_autocast_cache()
     with torch.enable_grad():

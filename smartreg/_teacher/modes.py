@@ -17,7 +17,10 @@ _ROUNDING = 1e-3  # and a fused kernel of eval mode may round by less than this
 
 @contextlib.contextmanager
 def in_train_mode(module: nn.Module) -> Iterator[None]:
-    """All of the module in train mode but its normalisation, whose other statistics are no other kind of answer."""
+    """Train mode for all of the module but its batch normalisation.
+
+    Statistics of the batch instead of the running ones make no other kind of answer.
+    """
     parts = [part for part in module.modules() if not isinstance(part, nn.modules.batchnorm._NormBase)]
     before = [part.training for part in parts]
     try:

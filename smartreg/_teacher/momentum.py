@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
+
+from smartreg._checks import whole
 
 
 def paper_beta(total_steps: int) -> Callable[[int], float]:
@@ -29,7 +31,7 @@ def paper_beta(total_steps: int) -> Callable[[int], float]:
     Reference:
         Jiang et al. 2020, SMART, doi 10.18653/v1/2020.acl-main.197, implementation details.
     """
-    return partial(_paper_beta, total_steps=_checked_steps(total_steps))
+    return partial(_paper_beta, total_steps=whole("total_steps", total_steps, least=1))
 
 
 def suggested_beta(total_steps: int, half_life: float = 0.1) -> float:
@@ -52,7 +54,7 @@ def suggested_beta(total_steps: int, half_life: float = 0.1) -> float:
         >>> round(suggested_beta(80), 3), round(suggested_beta(690), 3)
         (0.917, 0.99)
     """
-    steps = _checked_steps(total_steps)
+    steps = whole("total_steps", total_steps, least=1)
     if isinstance(half_life, bool) or not isinstance(half_life, Real):
         raise TypeError(f"half_life must be a number in (0, 1], got {half_life!r}")
     if not 0.0 < half_life <= 1.0:
@@ -77,11 +79,3 @@ def checked_beta(beta: Any) -> float:
 
 def _paper_beta(update: int, total_steps: int) -> float:
     return 0.99 if 10 * update < total_steps else 0.999
-
-
-def _checked_steps(total_steps: Any) -> int:
-    if isinstance(total_steps, bool) or not isinstance(total_steps, Integral):
-        raise TypeError(f"total_steps must be an int, got {total_steps!r}")
-    if total_steps < 1:
-        raise ValueError(f"total_steps must be 1 or more, got {total_steps}")
-    return int(total_steps)

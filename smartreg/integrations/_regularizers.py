@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from smartreg import MomentumBregman, SmartLoss, suggested_beta
-from smartreg._ascent.settings import require_not_negative
+from smartreg._checks import not_negative, whole
 from smartreg._masks import Masks
 from smartreg._outputs import Forward
 from smartreg._wrappers import innermost
@@ -38,14 +38,9 @@ class Strength:
 
     def __post_init__(self) -> None:
         for name in ("smart_lambda", "bregman_mu"):
-            require_not_negative(name, getattr(self, name))
-        for name in ("smart_every", "smart_warmup_steps"):
-            if type(getattr(self, name)) is not int:
-                raise TypeError(f"{name} must be a whole number, got {getattr(self, name)!r}")
-        if self.smart_every < 1:
-            raise ValueError(f"smart_every must be 1 (every step) or more, got {self.smart_every}")
-        if self.smart_warmup_steps < 0:
-            raise ValueError(f"smart_warmup_steps must be 0 (none) or more, got {self.smart_warmup_steps}")
+            not_negative(name, getattr(self, name))
+        whole("smart_every", self.smart_every, least=1, meaning=" (every step)")
+        whole("smart_warmup_steps", self.smart_warmup_steps, meaning=" (none)")
 
     def __bool__(self) -> bool:
         return self.smart_lambda > 0 or self.bregman_mu > 0

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smartreg.integrations._heads import base_model
 from smartreg.integrations._regularizers import require
 from smartreg.integrations.transformers import SmartArguments, SmartTrainerMixin
 
@@ -105,7 +106,7 @@ def fused_output(outputs: Any, labels: Tensor | None, shift_labels: Tensor | Non
 
 def _let_copies_run_themselves(model: nn.Module) -> None:
     """TRL's forward holds that of this very model: the teacher, a copy, would answer with the student's logits."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # PEFT's
+    base = base_model(model)
     fused: Any = getattr(base.forward, "__func__", base.forward)
     plain = getattr(inspect.getclosurevars(fused).nonlocals.get("original_forward"), "__func__", None)
     if plain is None:

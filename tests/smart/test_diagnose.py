@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numerics_models as models
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -426,8 +427,13 @@ def test_the_suggested_lambda_weighs_a_tenth_of_the_loss() -> None:
     result = run(model, loss=loss)
     assert result.lambda_s == pytest.approx([0.1 * loss.item() / p for p in result.penalty])
     assert run(model).lambda_s is None
+    assert run(model, loss=np.float32(0.5)).lambda_s == pytest.approx([0.05 / p for p in result.penalty])
     for wrong in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="loss must be a finite number above 0, the task loss on this batch, got"):
             run(model, loss=wrong)
-    with pytest.raises(ValueError, match="reference_steps must be an int of 0 or more, got -1"):
+    with pytest.raises(TypeError, match=r"loss must be a number or a tensor of one, got list"):
+        run(model, loss=[1.0])
+    with pytest.raises(ValueError, match="reference_steps must be 0 or more, got -1"):
         run(model, reference_steps=-1)
+    with pytest.raises(TypeError, match=r"reference_steps must be an int, got 1\.5"):
+        run(model, reference_steps=1.5)

@@ -4,6 +4,7 @@ import warnings
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from smart_models import FEATURES, VOCABULARY, Sentence, algorithm_1, batch, build
@@ -63,6 +64,12 @@ def test_hyperparameters_are_checked_in_the_constructor(
 def test_kinds_of_other_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         SmartLoss(build(), **options)
+
+
+def test_numpy_s_numbers_are_numbers() -> None:
+    settings = SmartLoss(build(), epsilon=np.float32(0.25), steps=np.int64(2)).settings  # type: ignore[arg-type]  # they are
+    assert (settings.epsilon, settings.steps) == (0.25, 2)
+    assert (type(settings.epsilon), type(settings.steps)) == (float, int)
 
 
 def test_model_is_a_module() -> None:

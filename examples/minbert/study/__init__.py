@@ -1,7 +1,8 @@
 """Two comparisons.
 
 `examples/minbert_study.py` compares the configurations over seeds, as the report does: `cli.py` one study of it all,
-`runs.py` its runs, `statistics.py` the intervals of their differences, `summary.py` the table and the figures.
+`runs.py` its runs, `statistics.py` the intervals of their differences, `summary.py` the table and the figures;
+`pair.py` makes the differences of two runs.
 
 `examples/minbert_arms.py` asks what a regularizer is worth (the protocol is docs/study.md), from the outside in:
 

@@ -1,7 +1,6 @@
 """`examples/minbert_arms.py`: makes the runs of a stage, and the tables and figures of what is there."""
 
 import os
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns the exit code, as those of a run."""
 
     def work() -> int:
-        obey(build_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
+        obey(build_parser().parse_args(arguments))
         return 0
 
     return exit_code(work, "the same command goes on")

@@ -1,6 +1,5 @@
 """`examples/minbert_study.py`: runs, statistics and report of a study, from its command line."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Makes or completes a study and returns the exit code, as those of a run."""
 
     def work() -> int:
-        study(vars(build_parser().parse_args(sys.argv[1:] if arguments is None else arguments)))
+        study(vars(build_parser().parse_args(arguments)))
         return 0
 
     return exit_code(work, "the same command goes on")

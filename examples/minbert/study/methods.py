@@ -6,7 +6,6 @@ A method is a function of the model and one number, its strength.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,7 @@ from ..extras import Extras
 from ..model import MultitaskModel
 from ..objective import Losses
 from ..tasks import Task, task_loss
-
-if TYPE_CHECKING:
-    from ..train import Trainer
+from ..train import Trainer
 
 
 def label_smoothing(model: MultitaskModel, share: float) -> Extras:
@@ -106,7 +103,7 @@ def sam(model: MultitaskModel, rho: float) -> Extras:
 def averaged(model: MultitaskModel) -> Extras:
     """Measures the average of the weights, which the teacher of the Bregman term holds, in place of the weights."""
 
-    def teacher(trainer: "Trainer") -> MultitaskModel:
+    def teacher(trainer: Trainer) -> MultitaskModel:
         if trainer.objective.bregman is None:
             raise ValueError("averaged: expected a configuration with a teacher, such as t-bregman")
         return trainer.objective.bregman.teacher  # type: ignore[return-value]  # a copy of the model, of its class

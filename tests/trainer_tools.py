@@ -119,9 +119,8 @@ def unshifted(batch: dict[str, Tensor]) -> Tensor:
 
 
 def decoder_masks(batch: dict[str, Tensor]) -> list[Tensor]:
-    """The start token is real, and then what follows a real label."""
-    real = batch["labels"] != -100
-    return [batch["attention_mask"], torch.cat([torch.ones(len(real), 1, dtype=torch.bool), real[:, :-1]], 1)]
+    """Real is what has a label: the start token, and what follows a label but the last."""
+    return [batch["attention_mask"], batch["labels"] != -100]
 
 
 CASES = {

@@ -21,7 +21,7 @@ _SEQ2SEQ = ("ConditionalGeneration", "MTModel")
 _UNSHIFTED = (
     *("BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM", "BlenderbotSmallForCausalLM"),
     *("CpmAntForCausalLM", "MarianForCausalLM", "MBartForCausalLM", "MvpForCausalLM", "PegasusForCausalLM"),
-    *("PLBartForCausalLM", "TrOCRForCausalLM", "WhisperForCausalLM", "XLNetLMHeadModel"),
+    *("PLBartForCausalLM", "ProphetNetForCausalLM", "TrOCRForCausalLM", "WhisperForCausalLM", "XLNetLMHeadModel"),
 )
 """Called causal, but with a loss in which the logits at a token are those of its own label."""
 
@@ -90,7 +90,7 @@ def infer_head(
         ValueError: The class is none of those known and there is no divergence, or the divergence is one for another
             kind of head.
     """
-    inner = _base(model)
+    inner = base_model(model)
     head = _known(inner, labels)
     if head is None:
         if divergence is None:
@@ -139,7 +139,7 @@ def _classification(config: Any, labels: object) -> Head:
     if problem is None and getattr(config, "num_labels", None) == 1:
         problem = "regression"
     if problem is None and isinstance(labels, Tensor):
-        whole = labels.dtype in (torch.long, torch.int)
+        whole = labels.dtype in (torch.long, torch.int) and (labels.ndim < 2 or labels.shape[-1] == 1)
         problem = "single_label_classification" if whole else "multi_label_classification"
     if problem == "regression":
         return Head("regression", "mse")
@@ -169,16 +169,16 @@ def look_up_masks(model: nn.Module, head: Head, inputs: Mapping[str, Any]) -> Ma
     """`mask` for `SmartLoss`: real tokens, of the encoder and, if there is one, of the decoder.
 
     A decoder that is given no inputs of its own takes the labels (or, to classify, the inputs of the encoder) shifted
-    to the right: its first token is the start token, and the others are real where the one before them is.
+    to the right. Real is what an output with a label is made from: the last token before the padding leads to none, and
+    would be there in rows alone that another one is longer than.
     """
     mask = inputs.get("attention_mask")
-    if not getattr(getattr(_base(model), "config", None), "is_encoder_decoder", False):
+    if not getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False):
         # A choice of several is one sequence more to the embedding.
         return mask.flatten(0, -2) if isinstance(mask, Tensor) and mask.ndim == 3 else mask
     decoder = inputs.get("decoder_attention_mask")
     if decoder is None:
-        source = token_mask(inputs["labels"]) if head.tokens and "labels" in inputs else mask
-        decoder = None if source is None else torch.cat([torch.ones_like(source[:, :1]), source[:, :-1]], dim=1)
+        decoder = token_mask(inputs["labels"]) if head.tokens and "labels" in inputs else mask
     # Sounds, and embeddings that are given, are not looked up.
     return [mask, decoder] if "input_ids" in inputs else decoder
 
@@ -196,6 +196,6 @@ def look_up_examples(inputs: Mapping[str, Any]) -> Tensor | None:
     return begins.flatten().cumsum(0).view_as(positions)
 
 
-def _base(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> nn.Module:
     """The model inside of PEFT."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # PEFT's

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from smartreg._masks import Masks
 from smartreg._outputs import OutputToLogits
-from smartreg._warnings import warn
 from smartreg.divergences import Divergence
+from smartreg.integrations._accumulation import SharesOfAStep
 from smartreg.integrations._heads import Head, infer_head, look_up_examples, look_up_masks
 from smartreg.integrations._regularizers import Regularizers, Strength, require
 from smartreg.integrations._sharding import refuse_sharding
@@ -31,7 +31,6 @@ except ImportError as error:
     raise require("transformers and accelerate", "transformers", error) from error
 
 _log = logging.getLogger(__name__)
-_Parent: Any = object  # a Trainer class, in whatever a user puts the mixin before
 
 
 @dataclass
@@ -73,7 +72,7 @@ class SmartSeq2SeqTrainingArguments(SmartArguments, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with the fields of `SmartArguments`."""
 
 
-class SmartTrainerMixin(_Parent):
+class SmartTrainerMixin(SharesOfAStep):
     r"""Adds \(\lambda_s R_s(\theta) + \mu D_{\text{Breg}}(\theta, \tilde\theta)\) to the loss of a Trainer.
 
     Put it before a Trainer class, `class MyTrainer(SmartTrainerMixin, BaseTrainer)`; `SmartTrainer` and
@@ -119,7 +118,6 @@ class SmartTrainerMixin(_Parent):
             )
         self._divergence, self._output_to_logits = divergence, output_to_logits
         self._head: Head | None = None
-        self._counts: bool | None = None  # whether the task loss is divided by num_items_in_batch; None: not yet seen
         self._options = dict(smart_options or {}), dict(bregman_options or {})
         self.regularizers = self._by_arguments()
         self.add_callback(_MoveTeacher(self))
@@ -201,7 +199,7 @@ class SmartTrainerMixin(_Parent):
                 f"regularized: it must call its argument `model`"
             )
         loss, outputs = result if return_outputs else (result, None)
-        for_task, for_terms = self._shares(batch, output_mask, num_items_in_batch, loss.dtype)
+        for_task, for_terms = self.shares(batch, output_mask, num_items_in_batch, loss.dtype)
         loss = for_task * loss + for_terms * totals[0]
         return (loss, outputs) if return_outputs else loss
 
@@ -246,55 +244,6 @@ class SmartTrainerMixin(_Parent):
         if checkpoint is not None:
             _checkpoint.load(self.regularizers, checkpoint, self.args.process_index)
 
-    # How a batch is weighted among those of one optimizer step
-
-    def _shares(
-        self, inputs: Mapping[str, Any], output_mask: Tensor | None, items: Tensor | int | None, dtype: torch.dtype
-    ) -> tuple[Tensor | float, Tensor | float]:
-        """Factors of the task loss and of the penalties, which are means over this batch.
-
-        The Trainer divides by the number of accumulated batches itself unless the loss is a sum over this batch divided
-        by `items`, the count of all batches of the step (and, on several processes, of all of them, which DDP's mean
-        would divide once more). The penalties then become such sums, and so does a task loss that ignored the count.
-        """
-        accepts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
-        if not scaled:
-            return 1.0, 1.0
-        if items is None:
-            return 1.0, 1.0 / self.current_gradient_accumulation_steps
-        here = output_mask if output_mask is not None else inputs["labels"] != -100
-        share = here.sum().to(torch.promote_types(dtype, torch.float32)) / items
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices and accepts else 1
-        return (1.0 if self._loss_counts(inputs, items, share) else share), share * processes
-
-    def _loss_counts(self, inputs: Mapping[str, Any], items: Tensor | int, share: Tensor) -> bool:
-        """Whether the parent's loss is divided by `items`: looked at once, by asking for twice as many."""
-        if self._counts is None and float(share) != 1.0:
-            model: nn.Module = self.model
-            modes = [(module, module.training) for module in model.modules()]
-            model.eval()
-            try:
-                with torch.no_grad():
-                    once = super().compute_loss(model, dict(inputs), False, num_items_in_batch=items)
-                    half = super().compute_loss(model, dict(inputs), False, num_items_in_batch=2 * items)
-            finally:
-                for module, mode in modes:
-                    module.training = mode
-            if not torch.isfinite(once) or once == 0:
-                return True  # nothing to see in this batch
-            self._counts = not torch.equal(once, half)
-            if not self._counts:
-                warn(
-                    f"the task loss of {type(model).__name__} is a mean over each batch and ignores "
-                    f"num_items_in_batch: the stock Trainer adds up such means over accumulated batches, without "
-                    f"dividing by their number. Here it is brought to the common count, so compare with a stock run "
-                    f"of one batch a step"
-                )
-        return self._counts is not False
-
 
 class SmartTrainer(SmartTrainerMixin, Trainer):
     """The `Trainer` of transformers with SMART; see `SmartTrainerMixin`."""
@@ -311,5 +260,12 @@ class _MoveTeacher(TrainerCallback):
         self.trainer = trainer
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.trainer.accelerator.optimizer_step_was_skipped:
-            self.trainer.regularizers.update()
+        trainer = self.trainer
+        if trainer.regularizers.strength and trainer._head is None:
+            raise RuntimeError(
+                f"a whole step of {type(trainer).__name__} passed by SmartTrainerMixin.compute_loss, so that nothing "
+                f"is regularized: put the mixin before the class whose compute_loss is your own, as in "
+                f"class Mine(SmartTrainerMixin, Own)"
+            )
+        if not trainer.accelerator.optimizer_step_was_skipped:
+            trainer.regularizers.update()

@@ -170,6 +170,75 @@ def test_a_subclass_keeps_its_own_loss(tmp_path: Path) -> None:
     assert farthest(weights(mine), weights(model)) < 1e-9
 
 
+CUT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 1}
+
+
+def step_of(folder: Path, parent: type, *, stock: bool = False, **options: Any) -> dict[str, Tensor]:
+    """How far a first step of accumulated batches moves each weight, with penalties too small to see."""
+    kind = parent if stock else type("Mine", (SmartTrainerMixin, parent), {})
+    tiny = {} if stock else {"smart_lambda": 1e-12}
+    model = CASES["one label"].model()
+    before = weights(model)
+    made = arguments(folder, transformers.TrainingArguments if stock else SmartTrainingArguments, **tiny, **CUT)
+    kind(model, made, train_dataset=Rows(batch_of("one label")), **options).train()
+    return {name: after - before[name] for name, after in weights(model).items()}
+
+
+class Divided(transformers.Trainer):
+    """Divides by the number of accumulated batches itself, and says so."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = functional.cross_entropy(outputs.logits, labels) / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.filterwarnings("error::smartreg.SmartWarning")
+def test_a_loss_that_is_divided_already_is_not_divided_again(tmp_path: Path) -> None:
+    stock = step_of(tmp_path, Divided, stock=True)
+    assert farthest(step_of(tmp_path, Divided), stock) < 1e-9
+    assert farthest(stock, {name: torch.zeros_like(moved) for name, moved in stock.items()}) > 1e-3
+
+
+class Drawn(transformers.Trainer):
+    """A mean over the batch with random weights, and a gradient in it."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        each = functional.cross_entropy(outputs.logits, labels, reduction="none")
+        loss = (each * torch.rand(len(labels), dtype=torch.float64)).mean()
+        (slope,) = torch.autograd.grad(loss, outputs.logits, create_graph=True)
+        loss = loss + 0.1 * slope.square().sum()
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_loss_that_draws_and_differentiates_is_looked_at_as_any_other(tmp_path: Path) -> None:
+    with pytest.warns(SmartWarning, match="of BertForSequenceClassification is a mean over each batch and ignores"):
+        mine = step_of(tmp_path, Drawn)
+    stock = step_of(tmp_path, Drawn, stock=True)  # too large by the number of batches, as the warning says
+    assert farthest(mine, {name: moved / 4 for name, moved in stock.items()}) < 1e-9
+
+
+def test_a_loss_of_the_users_own_that_passes_the_mixin_by_is_an_error(tmp_path: Path) -> None:
+    class Own(SmartTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            outputs = model(**inputs)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    trainers = [
+        Own(CASES["one label"].model(), arguments(tmp_path, SmartTrainingArguments, **more), train_dataset=Rows(data))
+        for data in [batch_of("one label")]
+        for more in (ON, OFF)
+    ]
+    with pytest.raises(RuntimeError, match=r"a whole step of Own passed by SmartTrainerMixin\.compute_loss"):
+        trainers[0].train()
+    trainers[1].train()  # nothing was asked for
+
+
 @pytest.mark.filterwarnings("error::smartreg.SmartWarning")
 def test_a_loss_that_ignores_the_count_is_said(tmp_path: Path) -> None:
     cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
@@ -473,12 +542,40 @@ def test_a_class_that_nobody_knows_has_to_be_told(tmp_path: Path) -> None:
         ("FlaubertWithLMHeadModel", "masked language modelling", False),
         ("XLNetLMHeadModel", "causal language modelling", False),
         ("BartForCausalLM", "causal language modelling", False),
+        ("ProphetNetForCausalLM", "causal language modelling", False),
         ("GPT2LMHeadModel", "causal language modelling", True),
     ],
 )
 def test_logits_are_shifted_where_the_loss_of_the_model_shifts_them(name: str, kind: str, shift: bool) -> None:
     head = infer_head(type(name, (nn.Module,), {})())
     assert (head.name, head.shift) == (kind, shift)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_penalty_does_not_depend_on_how_far_labels_are_padded(tmp_path: Path, length: int) -> None:
+    model = CASES["sequence to sequence"].model()
+
+    def penalty(padded: int) -> float:
+        labels = [7, 12, 40, 41, 8][:length] + [-100] * padded
+        row = {"input_ids": [5, 9, 11, 30, 2], "attention_mask": [1] * 5, "labels": labels}
+        batch = {name: torch.tensor([values]) for name, values in row.items()}
+        trainer = trainer_of(
+            tmp_path, "sequence to sequence", copy.deepcopy(model), batch=batch, bregman_mu=0.0, max_steps=1,
+            smart_options={"start": "towards_uniform"},  # draws nothing
+            logging_strategy="steps", logging_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        return trainer.state.log_history[0]["smart_penalty"]
+
+    assert penalty(3) == pytest.approx(penalty(0), rel=1e-9)
+
+
+def test_ones_of_several_labels_may_be_whole_numbers() -> None:
+    config = SimpleNamespace(problem_type=None, num_labels=3)
+    model = type("BertForSequenceClassification", (nn.Module,), {"config": config})()
+    assert infer_head(model, torch.tensor([[1, 0, 1], [0, 0, 0]])).divergence == "binary_symmetric_kl"
+    assert infer_head(model, torch.tensor([[2], [0]])).divergence == "symmetric_kl"
+    assert infer_head(model, torch.tensor([2, 0])).divergence == "symmetric_kl"
 
 
 def test_sounds_are_no_look_up() -> None:
@@ -490,7 +587,7 @@ def test_sounds_are_no_look_up() -> None:
     assert encoder is labels
     found = look_up_masks(model, head, {"input_features": torch.ones(1, 8, 4), "labels": labels})
     assert torch.equal(found, decoder)
-    assert found.tolist() == [[1, 1, 1]]
+    assert found.tolist() == [[1, 1, 0]]
 
 
 def test_arguments_without_the_fields_are_an_error(tmp_path: Path) -> None:
@@ -501,7 +598,7 @@ def test_arguments_without_the_fields_are_an_error(tmp_path: Path) -> None:
         trainer_of(tmp_path, "one label", smart_every=0)
     with pytest.raises(ValueError, match=r"smart_warmup_steps must be 0 \(none\) or more, got -1"):
         trainer_of(tmp_path, "one label", smart_warmup_steps=-1)
-    with pytest.raises(TypeError, match=r"smart_every must be a whole number, got 1\.5"):
+    with pytest.raises(TypeError, match=r"smart_every must be an int, got 1\.5"):
         trainer_of(tmp_path, "one label", smart_every=1.5)
     with pytest.raises(TypeError, match=r"smart_lambda must be a number, got '0\.3'"):
         trainer_of(tmp_path, "one label", smart_lambda="0.3")

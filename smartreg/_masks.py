@@ -38,8 +38,7 @@ def as_booleans(name: str, mask: object, fits: Callable[[torch.Size], bool], exp
     if not isinstance(mask, Tensor):
         remedy = "; pass torch.as_tensor(...)" if isinstance(mask, (list, tuple)) or hasattr(mask, "__array__") else ""
         raise TypeError(f"{name} must be a tensor of 0 and 1 or booleans, got {type(mask).__name__}{remedy}")
-    if mask.is_nested or mask.layout is not torch.strided:
-        kind = "nested" if mask.is_nested else str(mask.layout).removeprefix("torch.")
+    if kind := not_dense(mask):
         raise TypeError(f"{name} must be a dense tensor of 0 and 1 or booleans, got a {kind} one; pass its to_dense()")
     if mask.is_meta or mask.is_complex():
         kind = "on the meta device, without values" if mask.is_meta else f"of {mask.dtype}"
@@ -57,6 +56,13 @@ def as_booleans(name: str, mask: object, fits: Callable[[torch.Size], bool], exp
                 f"none"
             )
     return mask != 0
+
+
+def not_dense(tensor: Tensor) -> str | None:
+    """What a tensor is whose values do not lie one after the other, such as "nested"; None for a dense one."""
+    if tensor.is_nested:
+        return "nested"
+    return None if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.")
 
 
 def reading_waits(tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ from smartreg._ascent.looks import Looks
 from smartreg._ascent.objective import Graph
 from smartreg._ascent.settings import Ascent, Dropout, EpsilonScale, NormOver, SmartSettings, Start
 from smartreg._ascent.start import Noise, check_generator, refuse_surroundings
-from smartreg._masks import Masks
+from smartreg._masks import Masks, not_dense
 from smartreg._model.replay import RandomState, worth_remembering
 from smartreg._outputs import OutputToLogits, check_output_to_logits, compared_tensors
 from smartreg._wrappers import code_of
@@ -124,10 +124,10 @@ def smoothness_penalty(
             "a given reference was made under other dropout masks than the perturbed passes see: pass "
             'dropout="independent" (with no dropout in fn they are the same), or leave reference out'
         )
-    if embeds.is_nested or embeds.layout is not torch.strided:
+    if kind := not_dense(embeds):
         raise TypeError(
-            f"embeds must be a dense tensor, got a {'nested' if embeds.is_nested else embeds.layout} one: pad it (or "
-            f"densify it), and pass mask= for what is padding"
+            f"embeds must be a dense tensor, got a {kind} one: pad it (or densify it), and pass mask= for what is "
+            f"padding"
         )
     check_output_to_logits(output_to_logits)
     check_generator(generator)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from smartreg._divergences import formulas
 from smartreg._divergences.blockwise import blockwise_symmetric_kl
-from smartreg._masks import as_booleans
+from smartreg._masks import as_booleans, not_dense
 
 Formula = Callable[[Tensor, Tensor], Tensor]
 
@@ -50,8 +50,7 @@ def _check(name: str, input: Any, target: Any, reduction: Any) -> None:
     for argument, value in (("input", input), ("target", target)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{argument} of {name} must be a tensor, got {type(value).__name__}")
-        if value.is_nested or value.layout is not torch.strided:
-            kind = "nested" if value.is_nested else value.layout
+        if kind := not_dense(value):
             raise TypeError(f"{argument} of {name} must be a dense tensor, got a {kind} one; pad or densify it")
         if not value.is_floating_point():
             raise TypeError(

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from smartreg._masks import not_dense
+
 
 class Lookup(NamedTuple):
     """What was looked up, and in which module.
@@ -215,10 +217,10 @@ def _require_embeddings(module: nn.Module, output: object) -> None:
             f"embedding must be a module that returns one floating-point tensor, got {found} from "
             f"{type(module).__name__}"
         )
-    if output.is_nested or output.layout is not torch.strided:
+    if kind := not_dense(output):
         raise TypeError(
-            f"embedding must return a dense tensor, got a {'nested' if output.is_nested else output.layout} one from "
-            f"{type(module).__name__}: pad the batch, and pass mask= for what is padding"
+            f"embedding must return a dense tensor, got a {kind} one from {type(module).__name__}: pad the batch, and "
+            f"pass mask= for what is padding"
         )
     if output.ndim < 2:
         raise ValueError(

@@ -7,7 +7,7 @@ from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 # Names of the one child of torch.compile, of FullyShardedDataParallel and of the activation checkpoint wrapper.
@@ -121,11 +121,16 @@ def differences(model: Layout, teacher: Layout) -> str:
             if mine != other
         ),
         "sharded in one of the two alone": listed(
-            name for name in both if hasattr(ours[name], "to_local") != hasattr(theirs[name], "to_local")
+            name for name in both if is_sharded(ours[name]) != is_sharded(theirs[name])
         ),
         "tied in the teacher alone": listed(" = ".join(tied) for tied in untied),
     }
     return "; ".join(f"{what}: {names}" for what, names in parts.items() if names)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor, of which a process holds a part."""
+    return hasattr(parameter, "to_local")
 
 
 def listed(names: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smartreg._teacher.parameters import Layout, differences, listed, pair
+from smartreg._teacher.parameters import Layout, differences, is_sharded, listed, pair
 from smartreg._warnings import warn
 from smartreg._wrappers import in_reach, innermost
 
@@ -108,7 +108,7 @@ def can_share(student: nn.Parameter, own: nn.Parameter) -> bool:
     """Whether sharing a frozen parameter would leave the teacher's values as they are."""
     if own is student or is_view(own, student):
         return True
-    if hasattr(student, "to_local") or hasattr(own, "to_local"):
+    if is_sharded(student) or is_sharded(own):
         return False  # shards that are equal in one process may differ in another, and all must decide alike
     alike = (own.dtype, own.device, type(own)) == (student.dtype, student.device, type(student))
     return alike and torch.equal(student, own)
@@ -140,5 +140,6 @@ def _has_own_class(parameter: nn.Parameter) -> bool:
 
 def _local(parameter: nn.Parameter) -> Tensor:
     """Of a DTensor the shard that this process holds."""
-    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter.detach()
+    tensor: Any = parameter
+    local: Tensor = tensor.to_local() if is_sharded(parameter) else tensor.detach()
     return local

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from smartreg._teacher.averaging import average_dtype, move_averages
-from smartreg._teacher.parameters import Layout, Pair, differences, listed, pair
+from smartreg._teacher.parameters import Layout, Pair, differences, is_sharded, listed, pair
 from smartreg._teacher.sharing import can_share, checked_teacher, frozen_copy, is_view, own_copy, reshard, view_of
 from smartreg._wrappers import innermost
 
@@ -158,7 +158,7 @@ class Teacher:
     def equals_model(self) -> bool:
         """Whether every parameter has the value of the model's; one that is sharded does not tell."""
         pairs = self.pairs().values()
-        if any(hasattr(own, "to_local") for _, own in pairs):
+        if any(is_sharded(own) for _, own in pairs):
             return False
         return all(own is student or torch.equal(own, student) for student, own in pairs)
 

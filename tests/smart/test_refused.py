@@ -155,9 +155,7 @@ def test_what_cannot_be_perturbed_or_run() -> None:
         TypeError, match=r"input of symmetric_kl must be a dense tensor, got a nested one; pad or densify it"
     ):
         symmetric_kl(ragged, ragged)
-    with pytest.raises(
-        TypeError, match=r"target of binary_symmetric_kl must be a dense tensor, got a torch.sparse_coo one"
-    ):
+    with pytest.raises(TypeError, match=r"target of binary_symmetric_kl must be a dense tensor, got a sparse_coo one"):
         binary_symmetric_kl(torch.ones(2), torch.ones(2).to_sparse())
     with pytest.raises(TypeError, match=r"embedding must return a dense tensor, got a nested one from Embedding: pad"):
         SmartLoss(build())(lambda m: m.embedding(words).values())

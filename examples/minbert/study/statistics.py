@@ -62,7 +62,9 @@ def compare(
     """Summarises one configuration against the reference.
 
     Each bootstrap sample draws dev rows and seeds with replacement, the same for both configurations: the rows are the
-    same questions, and a seed is the same start and order of the data.
+    same questions, and a seed is the same start and order of the data. The interval has the percentiles of these, and
+    so is there for one seed too, over rows alone; with few seeds it is too narrow for what another seed would give,
+    which `bootstrap.py`, for the claims of docs/study.md, corrects.
 
     Args:
         task: which task.

@@ -36,7 +36,8 @@ def load(regularizers: Regularizers, folder: str | Path, process: int) -> None:
     if regularizers.strength.bregman_mu and not teacher.exists():
         raise FileNotFoundError(
             f"cannot resume: {teacher} is missing, which holds the teacher; the run that wrote the checkpoint had "
-            f"none. To start one from its weights, load the model from there and train without resuming"
+            f"none, or it was saved with save_only_model. To start one from its weights, load the model from there "
+            f"and train without resuming"
         )
     files = [file for file in (teacher, own) if file.exists()]
     regularizers.load_state_dict({key: value for file in files for key, value in load_file(file).items()})

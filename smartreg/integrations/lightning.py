@@ -60,6 +60,8 @@ class SmartCallback(Callback):
         self.regularizers = Regularizers(strength, smart_options or {}, bregman_options or {})
         self.generator: torch.Generator | None = (smart_options or {}).get("generator")
         self.compare = {"divergence": divergence, "output_to_logits": output_to_logits}
+        self.means: dict[str, Tensor] = {}
+        """The last known mean of each penalty: not every step has a search, and Lightning drops what a step lacks."""
         self._handles: list[RemovableHandle] = []
         self._stepped = False
         self.step: int | None = None
@@ -77,7 +79,7 @@ class SmartCallback(Callback):
         if type(trainer.strategy).__name__ == "DeepSpeedStrategy":
             raise RuntimeError("SMART has not been made to work with DeepSpeedStrategy: use DDP")
         self.regularizers.restart()
-        self.step = None
+        self.step, self.means = None, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An optimizer says itself whether it has stepped, which `global_step` does not where a scaler skipped it."""
@@ -108,12 +110,14 @@ class SmartCallback(Callback):
         state = dict(state_dict)
         step = state.pop("step", None)
         self.step = None if step is None else int(step)
-        self.regularizers.load_state_dict(state)
+        if state:  # none before the first step
+            self.regularizers.load_state_dict(state)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuses to go on without the teacher."""
+        """Refuses to go on without the teacher, which there is from the first step on."""
         saved = checkpoint.get("callbacks", {}).get(self.state_key, {})
-        if trainer.state.fn == "fit" and self.regularizers.strength.bregman_mu and "bregman.updates" not in saved:
+        lost = self.regularizers.strength.bregman_mu and "bregman.updates" not in saved
+        if trainer.state.fn == "fit" and lost and checkpoint.get("global_step"):
             raise ValueError(
                 "cannot resume: the checkpoint has no teacher, since the run that wrote it had none. To start one "
                 "from its weights, load them into the module and call fit() without ckpt_path"
@@ -158,15 +162,21 @@ def smart_loss(
         return forward(model), 0.0
     found = [callback for callback in trainer.callbacks if isinstance(callback, SmartCallback)]
     if len(found) != 1:
-        raise RuntimeError(f"smart_loss needs one SmartCallback among the callbacks of the Trainer, got {len(found)}")
-    regularizers = found[0].regularizers
+        raise RuntimeError(
+            f"smart_loss needs one SmartCallback among the callbacks of the Trainer, got {len(found)}: pass one, and "
+            f"run the Tuner, which takes callbacks away, on the module without smart_loss"
+        )
+    callback = found[0]
+    regularizers = callback.regularizers
     if not regularizers.strength:
         return forward(model), 0.0
-    regularizers.follow(model, found[0].compare, total_steps=lambda: trainer.estimated_stepping_batches)
-    step = found[0].step or 0
+    regularizers.follow(model, callback.compare, total_steps=lambda: trainer.estimated_stepping_batches)
+    step = callback.step or 0
     outputs, terms = regularizers(model, forward, step, mask=mask, output_mask=output_mask, example_ids=example_ids)
-    module.log_dict(regularizers.means())
-    gain = regularizers.ascent_gain() if step % max(1, trainer.log_every_n_steps) == 0 else None
-    if gain is not None:  # to read it waits for the device
+    callback.means.update(regularizers.means())
+    module.log_dict(callback.means)
+    # To read the gain waits for the device, so only where Lightning writes; its own monitors ask in the same way.
+    gain = regularizers.ascent_gain() if trainer._logger_connector.should_update_logs else None
+    if gain is not None:
         module.log("smart_ascent_gain", gain)
     return outputs, sum(terms.values())

@@ -12,7 +12,9 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from lightning_tools import Module, fit
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -136,6 +138,43 @@ def test_the_first_proximal_term_is_0_and_all_is_logged(tmp_path: Path, precisio
     assert len(others) == 2
     assert all(line["bregman_penalty"] > 1e-6 for line in others)
     assert all(line["smart_penalty"] > 1e-6 and line["smart_ascent_gain"] > 1 for line in seen)
+
+
+class Lines(Logger):
+    """Keeps what reaches a logger."""
+
+    name, version = "lines", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.lines[step] = metrics
+
+    def log_hyperparams(self, *_: Any) -> None:
+        """None of interest."""
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.parametrize(("every", "size"), [(1, 8), (2, 8), (3, 8), (1, 4)])
+def test_the_lines_of_the_logger_hold_the_last_search(tmp_path: Path, every: int, size: int) -> None:
+    """At the steps at which Lightning writes, which need not be those of a search."""
+    one, logger = callback(bregman_mu=0.0, smart_every=every), Lines()
+    found: list[tuple[float, float]] = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            stats = one.regularizers.smart.stats
+            found.append((stats.penalty, stats.ascent_gain))
+
+    module = Module("one label", CASES["one label"].model())
+    options = {"log_every_n_steps": 4, "max_epochs": 12, "accumulate_grad_batches": 8 // size}
+    fit(tmp_path, module, batch_of("one label"), [one, Watch()], size=size, logger=logger, **options)
+    assert len(set(found)) == len(found) // every
+    lines = {step: (line["smart_penalty"], line["smart_ascent_gain"]) for step, line in logger.lines.items()}
+    batches = 8 // size
+    assert lines == {step: pytest.approx(found[batches * (step + 1) - 1], rel=1e-5) for step in (3, 7, 11)}
 
 
 # (f)
@@ -323,6 +362,62 @@ def test_a_step_without_the_callback_is_an_error(tmp_path: Path) -> None:
         fit(tmp_path, module, batch_of("one label"), [])
     with pytest.raises(ValueError, match="symmetric_kl"):  # a softmax over the one output of a regression
         fit(tmp_path, Module("regression", CASES["regression"].model()), batch_of("regression"), [callback()])
+
+
+class Tuned(Module):
+    """What the Tuner changes: the rate, or the size of the batches."""
+
+    lr, batch_size = 0.05, 2
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Rows(batch_of("one label")), batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+TUNING = {
+    "rate": lambda trainer, module: Tuner(trainer).lr_find(module, num_training=3, update_attr=False),
+    "size": lambda trainer, module: Tuner(trainer).scale_batch_size(module, max_trials=1, steps_per_trial=1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(training batches|should not be used|callbacks used to create).*")
+@pytest.mark.parametrize("mu", [0.0, MU])
+@pytest.mark.parametrize("tune", TUNING.values(), ids=TUNING)
+def test_the_tuner_runs_on_the_plain_module_alone(tmp_path: Path, tune: Any, mu: float) -> None:
+    module, one = Tuned("one label", CASES["one label"].model()), callback(bregman_mu=mu)
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = lightning.Trainer(
+        default_root_dir=tmp_path, callbacks=[one], accelerator="cpu", devices=1, max_epochs=2, **quiet
+    )
+    with pytest.raises(RuntimeError, match=r"smart_loss needs one SmartCallback .*, got 0.* takes callbacks away"):
+        tune(trainer, module)
+    trainer = lightning.Trainer(
+        default_root_dir=tmp_path, callbacks=[one], accelerator="cpu", devices=1, max_epochs=2, **quiet
+    )
+    module, before = Tuned("one label", CASES["one label"].model(), plain=True), weights(CASES["one label"].model())
+    tune(trainer, module)
+    assert farthest(weights(module.model), before) == 0.0
+    module.plain = False
+    trainer.fit(module)
+    assert one.regularizers.smart.stats.penalty > 1e-6
+    assert mu == 0.0 or one.regularizers.bregman.updates == trainer.global_step
+
+
+def test_a_checkpoint_of_no_step_is_a_new_start(tmp_path: Path) -> None:
+    batch = batch_of("one label")
+    module, one = Module("one label", CASES["one label"].model()), callback()
+    fit(tmp_path, module, batch, [callback(bregman_mu=0.0)], max_epochs=0).save_checkpoint(tmp_path / "new.ckpt")
+    fit(tmp_path, module, batch, [one], ckpt_path=tmp_path / "new.ckpt")
+    assert one.regularizers.bregman.updates == STEPS
 
 
 class Packed(Module):

@@ -11,7 +11,7 @@ import pytest
 import sentence_transformers
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from sentence_tools import ON, Cosine, by_hand, checkpoint, data, encoder, sentences, trainer_of
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from sentence_transformers.sentence_transformer.losses import (
@@ -95,8 +95,38 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> N
     assert farthest(weights(resumed.model), weights(whole.model)) == 0.0
     assert farthest(averages(resumed.regularizers.bregman), averages(whole.regularizers.bregman)) == 0.0
     (tmp_path / "parts" / "checkpoint-3" / "smartreg.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"cannot resume: .*smartreg\.safetensors is missing"):
+    words = r"cannot resume: .*smartreg\.safetensors is missing, .* or it was saved with save_only_model"
+    with pytest.raises(FileNotFoundError, match=words):
         run("parts", resume=str(tmp_path / "parts" / "checkpoint-3"), **saving)
+
+
+def test_two_losses_resume_with_a_teacher_each(tmp_path: Path) -> None:
+    def run(folder: str, *more: Any, resume: str | None = None) -> list[SmartLossModifier]:
+        model = encoder(tmp_path / "encoder")
+        losses = {}
+        for seed, (name, beta) in enumerate({"one": 0.9, "two": 0.1}.items()):
+            search = {**SEARCH, "generator": torch.Generator().manual_seed(seed)}
+            options = {"smart_options": search, "bregman_options": {"beta": beta}}
+            losses[name] = SmartLossModifier(model, Cosine(model), **{**ON, **options})
+        kind = sentence_transformers.SentenceTransformerTrainingArguments
+        saving = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4, "num_train_epochs": 2}
+        sentence_transformers.SentenceTransformerTrainer(
+            model,
+            arguments(tmp_path / folder, kind, **saving),
+            train_dataset=DatasetDict({name: data() for name in losses}),
+            loss=losses,
+            callbacks=[*(loss.callback for loss in losses.values()), *more],
+        ).train(resume_from_checkpoint=resume)
+        return list(losses.values())
+
+    whole = run("whole")
+    run("parts", Interrupted())
+    resumed = run("parts", resume=str(tmp_path / "parts" / "checkpoint-3"))
+    assert farthest(*(averages(loss.regularizers.bregman) for loss in whole)) > 1e-3
+    assert farthest(weights(resumed[0].model), weights(whole[0].model)) == 0.0
+    for mine, theirs in zip(resumed, whole, strict=True):
+        assert mine.regularizers.bregman.updates == theirs.regularizers.bregman.updates == 8
+        assert farthest(averages(mine.regularizers.bregman), averages(theirs.regularizers.bregman)) == 0.0
 
 
 # (e)
@@ -114,6 +144,9 @@ def test_the_first_proximal_term_is_0_and_the_components_are_logged(tmp_path: Pa
     assert len(others) == 2
     assert all(line["bregman_term"] > 1e-6 for line in others)
     assert all(line["smart_term"] > 1e-6 for line in (first, *others))
+    for line in (first, *others):  # the components are rounded to four digits
+        parts = line["base_loss"] + line["smart_term"] + line["bregman_term"]
+        assert line["loss"] == pytest.approx(parts, abs=2e-4)
 
 
 # (f)

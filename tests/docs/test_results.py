@@ -43,7 +43,9 @@ SECTIONS = {
     "With settings searched": "tuned-sst",
     "Scores: STS": "first-sts",
     "Paraphrase, 1,024 pairs": "size-para-1024",
+    "The point of accuracy, made again": "again-para-1024",
     "Sentiment, 1,024 sentences": "size-sst-1024",
+    "Larger weights on 1,024 sentences": "weights-sst-1024",
     "Paraphrase, 64 pairs": "size-para-64",
     "Sentiment, 64 sentences": "size-sst-64",
     "Where the failure came from": "causes",
@@ -178,5 +180,7 @@ def test_readme_has_other_numbers_of_the_tables() -> None:
     assert f"brings plain fine-tuning to {last_epoch('first-para')[REFERENCE][2][0]:.3f} on the 256 Quora pairs" in text
     assert f"sentences ({seeds_of('weaker-sst')} seeds) from {plain[1][0]:.3f} to {plain[2][0]:.3f}" in text
     assert f"the default has {default[1][0]:.3f} without one and {default[2][0]:.3f} with it" in text
+    (_, gap, low, high), *_ = last_epoch("again-para-1024")[DEFAULT]
+    assert f"with five other seeds: {gap:+.3f} [{low:+.3f}, {high:+.3f}]" in text
     (_, gap, low, high), *_ = last_epoch("first-sts")["smart"]
     assert f"ten times the default costs {-gap:.3f} [{-high:.3f}, {-low:.3f}] of it" in text

@@ -386,12 +386,13 @@ def test_gains_by_size_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     large = replace(ESTIMATE, arms=stages.SIZES, rows=32)
     small = replace(ESTIMATE, arms=("t-vanilla", "smart", "smart:0.03"))
     table = {"large": large, "small": small, "of a search": replace(CHOSEN, arms=small.arms)}
-    table["all rows"] = replace(small, rows=None)
+    table |= {"all rows": replace(small, rows=None), "again": replace(small, first_seed=3)}
     monkeypatch.setattr(figures, "STAGES", table)
     fill(tmp_path / "large", large, {"smart:0.03": 0.25})
     fill(tmp_path / "small", small, {"smart:0.03": 0.125})
     fill(tmp_path / "of a search", small, {})
     fill(tmp_path / "all rows", small, {})
+    fill(tmp_path / "again", small, {"smart:0.03": 0.5})
     drawn: list[list[str]] = []
     monkeypatch.setattr(figures, "gains", lambda task, stages, file: drawn.append(list(stages)))
     found = figures.by_size("sst", {name: read(tmp_path / name) for name in table})
@@ -401,7 +402,7 @@ def test_gains_by_size_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
     assert [gain.gaps[1].mean for gain in found["smart:0.03"]] == pytest.approx([-0.125, -0.25], abs=2e-3)
     assert [file.name for file in figures.make(tmp_path, tmp_path)] == ["gain-sst.png", "gain-by-size.png"]
-    assert drawn == [["small", "of a search", "all rows"]]  # the stages of the sizes have a figure of their own
+    assert drawn == [["small", "of a search", "again"]]  # other sizes, and the stages of them, are another figure
     monkeypatch.setattr(figures, "STAGES", {"small": small})  # one size is no picture of sizes
     assert [file.name for file in figures.make(tmp_path, tmp_path)] == ["gain-sst.png"]
 

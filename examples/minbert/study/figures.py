@@ -32,6 +32,8 @@ def make(results: Path, folder: Path) -> list[Path]:
         sized[task] = by_size(task, found)
         found = {name: records for name, records in found.items() if STAGES[name].arms != SIZES}
         if found:
+            rows = STAGES[next(iter(found))].rows  # other sizes are another picture
+            found = {name: records for name, records in found.items() if STAGES[name].rows == rows}
             files.append(folder / f"gain-{task}.png")
             gains(task, found, files[-1])
     sized = {task: found for task, found in sized.items() if any(len(points) > 1 for points in found.values())}
@@ -49,7 +51,7 @@ class Gain(NamedTuple):
 
 
 def by_size(task: str, stages: dict[str, list[Record]]) -> dict[str, list[Gain]]:
-    """What the arms of `SIZES` gain, from each stage of a known size with settings of no search; the smallest first."""
+    """What the arms of `SIZES` gain, from the first stage of each known size with settings of no search, by size."""
     points: dict[str, list[Gain]] = {arm: [] for arm in SIZES if arm != REFERENCE}
     for name, records in stages.items():
         rows = STAGES[name].rows
@@ -57,6 +59,8 @@ def by_size(task: str, stages: dict[str, list[Record]]) -> dict[str, list[Gain]]
             continue
         by_arm, _ = paired(STAGES[name], records)
         for arm in points.keys() & by_arm.keys():
+            if any(gain.rows == rows for gain in points[arm]):
+                continue  # made again
             pairs = [[matrix(by_arm[each], task, "last", m) for each in (arm, REFERENCE)] for m in measures(task)[:2]]
             points[arm].append(Gain(rows, (difference(*pairs[0]), difference(*pairs[1]))))
     return {arm: sorted(found, key=lambda gain: gain.rows) for arm, found in points.items() if found}

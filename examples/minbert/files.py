@@ -68,10 +68,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def tell(text: str) -> None:
-    """One line on stderr, if anybody reads it; nothing ends because nobody does."""
+    """One line on stderr, in one piece, if anybody reads it; nothing ends because nobody does."""
     try:
         if sys.stderr is not None:
-            print(text, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{text}\n")  # print writes the end by itself, and another process may come between
+            sys.stderr.flush()
     except BrokenPipeError:
         to_nowhere(sys.stderr)
 

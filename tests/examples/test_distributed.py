@@ -3,13 +3,14 @@
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from example_tools import ROOT, command, run_options, tiny_encoder
 from safetensors.torch import load_file
 
-from minbert import progress
+from minbert import files, progress
 from minbert.cli import main
 from minbert.distributed import Place
 from minbert.objective import Losses
@@ -110,6 +111,14 @@ def test_a_row_that_stands_in_for_none_counts_nothing(monkeypatch: pytest.Monkey
     ledger.add("sst", losses, 0.0, 1)
     wanted = {**means, "max_perturbation": 0.25, "bad_examples": 1.0, "ascent_gain": 1.0}
     assert ledger.line()["sst"] == pytest.approx(wanted)
+
+
+def test_a_line_is_written_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes on one stream: a line and its end, written apart, would have another's line between them."""
+    pieces: list[str] = []
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=pieces.append, flush=lambda: None))
+    files.tell("error: what")
+    assert pieces == ["error: what\n"]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")

@@ -42,6 +42,7 @@ SECTIONS = {
     "Other methods": "others-sst",
     "With settings searched": "tuned-sst",
     "Scores: STS": "first-sts",
+    "A third of the default weight": "weaker-sts",
     "Paraphrase, 1,024 pairs": "size-para-1024",
     "The point of accuracy, made again": "again-para-1024",
     "Sentiment, 1,024 sentences": "size-sst-1024",

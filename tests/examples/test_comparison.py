@@ -25,6 +25,7 @@ from minbert.files import write_json, write_text
 from minbert.progress import hidden
 from minbert.study import arms_cli, figures, stages, tables, workers
 from minbert.study.arms import choice_of
+from minbert.study.bootstrap import Difference
 from minbert.study.record import ZERO_SHOT, code_version, packed, read
 from minbert.study.split import parts
 from minbert.study.stages import Rung, Stage, check_budget, ranking, upcoming
@@ -356,7 +357,9 @@ def test_tables_of_made_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_faults_stand_beside_the_arm_that_they_are_faults_in(tmp_path: Path) -> None:
     stage = replace(ESTIMATE, arms=("t-vanilla", "smart+mbpp", "cause:slow-teacher"))
     fill(tmp_path, stage, {"smart+mbpp": 0.25})
-    part = tables.estimate_tables("faults", stage, read(tmp_path), {}).split("beside smart+mbpp\n")[1].split("###")[0]
+    part = (
+        tables.estimate_tables("faults", stage, read(tmp_path), {})[0].split("beside smart+mbpp\n")[1].split("###")[0]
+    )
     (line,) = [line for line in part.splitlines() if line.startswith("| cause:slow-teacher |")]
     right = [[(np.random.default_rng(s).random(400) < 0.5 + gain).mean() for s in range(3)] for gain in (0.0, 0.25)]
     assert f"| {np.mean(right[0]) - np.mean(right[1]):+.4f} [-" in line
@@ -366,7 +369,7 @@ def test_faults_stand_beside_the_arm_that_they_are_faults_in(tmp_path: Path) -> 
 def test_smart_stands_beside_what_costs_as_much(tmp_path: Path) -> None:
     stage = replace(ESTIMATE, arms=stages.SIZES)
     fill(tmp_path, stage, {"smart:0.03": 0.25, "r-drop:5": 0.125})
-    part = tables.estimate_tables("sizes", stage, read(tmp_path), {}).split("beside r-drop:5\n")[1].split("###")[0]
+    part = tables.estimate_tables("sizes", stage, read(tmp_path), {})[0].split("beside r-drop:5\n")[1].split("###")[0]
     (line,) = [line for line in part.splitlines() if line.startswith("| smart:0.03 |")]
     right = [[(np.random.default_rng(s).random(400) < 0.5 + gain).mean() for s in range(3)] for gain in (0.25, 0.125)]
     assert f"| {np.mean(right[0]) - np.mean(right[1]):+.4f} [+" in line
@@ -379,6 +382,26 @@ def test_faulty_arms_have_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(figures, "STAGES", {"stage": stage})
         fill(tmp_path / "stage", stage, {})
         assert [file.name for file in figures.make(tmp_path, tmp_path)] == ([] if stage is faulty else ["gain-sst.png"])
+
+
+def test_an_estimate_that_is_made_again_has_seeds_of_its_own() -> None:
+    again = replace(ESTIMATE, first_seed=5)
+    assert [trial.seed for trial in stages.upcoming(again, []) if trial.arm == "smart"] == [5, 6, 7]
+
+
+def test_claims_of_two_tasks_are_told_apart() -> None:
+    """The same arm and measure in both, of which one stands beside three others and one does not."""
+    gaps = {"sst": (0.001, 0.9), "para": (0.02, 0.8)}
+    claims = {
+        tables.Claim(task, "smart", title): Difference(0.1, 0.0, 0.2, p, 5, 100)
+        for task, ps in gaps.items()
+        for title, p in zip(("accuracy", "NLL"), ps, strict=True)
+    }
+    text = tables.across({"stage": claims})
+    assert "for all 4 comparisons" in text
+    assert [line.split(" | ")[4:] for line in text.splitlines() if line.startswith("| stage | smart")] == [
+        ["0.001", "0.004", "0.004\\* |"]
+    ]
 
 
 def test_gains_by_size_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

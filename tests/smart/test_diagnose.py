@@ -411,6 +411,23 @@ def test_the_share_of_the_maximum_is_that_of_a_longer_ascent(start: str) -> None
     assert run(model, reference_steps=0, **options).share_of_maximum is None
 
 
+@pytest.mark.parametrize(
+    ("options", "points"), [({}, 1), ({"steps": 1}, 2), ({"start": "noise"}, 2), ({"divergence": "mse"}, 2)]
+)
+def test_a_longer_ascent_begins_at_each_point_once(options: dict[str, Any], points: int) -> None:
+    """At the end of the search and at the start towards uniform, which are one without a step; values draw theirs."""
+    model = models.build()
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+
+    def passes(steps: int) -> int:
+        calls.clear()
+        diagnose(model, lambda m: m(IDS), epsilons=[0.1], reference_steps=steps, **options)
+        return len(calls)
+
+    assert passes(7) - passes(0) == points * (7 + 1)  # and one to see where it has ended
+
+
 def test_a_better_search_reaches_more_of_the_maximum() -> None:
     model = models.build()
     ball = {"norm": "2", "epsilons": [0.2], "reference_steps": 20}

@@ -7,14 +7,16 @@ and Satterthwaite give a sum of a part from seeds and a part from rows: with fiv
 of seeds alone holds the truth in 85 of 100 cases, not in 95.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 Array = NDArray[np.float64]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def difference(own: Array, other: Array, *, level: float = 0.95, resamples: int 
     return Difference(mean, mean - half, mean + half, p, seeds, rows)
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
     """Holm's adjusted p-values: below a level, a comparison stands among all of them at that level.
 
     Example:

@@ -1,6 +1,6 @@
 """Every table of the comparison, made of the committed records and of nothing else."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,17 @@ class Measure(NamedTuple):
     of: Callable[[dict[str, Any]], Array]
 
 
+class Claim(NamedTuple):
+    """What can win or lose: an arm's difference from the reference in one measure of a task, after the last epoch."""
+
+    task: str
+    arm: str
+    title: str
+
+
+Claims = dict[Claim, Difference]
+
+
 def _by_row(name: str) -> Callable[[dict[str, Any]], Array]:
     """By row where the record has that, which is after the last epoch; else the number of the run."""
     return lambda held: unpacked(held["by_row"][name]) if "by_row" in held else np.array([held[name]])
@@ -63,7 +74,7 @@ def measures(task: str) -> list[Measure]:
 
 def make(results: Path) -> str:
     """All tables of all stages that have complete records, as Markdown."""
-    parts, zero_shot, complete_ones = [], read_zero_shot(results), {}
+    parts, zero_shot, claims = [], read_zero_shot(results), {}
     for name, stage in STAGES.items():
         records = read(results / name)
         if not records:
@@ -71,59 +82,62 @@ def make(results: Path) -> str:
         if stage.rungs:
             parts.append(search_table(name, stage, records))
         elif complete(stage, records):
-            parts.append(estimate_tables(name, stage, records, zero_shot))
-            complete_ones[name] = tested(stage, records)
+            text, claims[name] = estimate_tables(name, stage, records, zero_shot)
+            parts.append(text)
         else:
             parts.append(f"## {name}\n\nIn the making: {len(records)} runs, and fewer than two seeds with all arms.\n")
     if not parts:
         raise InputError(f"{results}: no records; make some with the command `run`")
-    return "\n".join([TITLE, *parts, across(complete_ones)])
+    return "\n".join([TITLE, *parts, *([across(claims)] if claims else [])])
 
 
-def tested(stage: Stage, records: Sequence[Record]) -> dict[tuple[str, str], Difference]:
-    """What can win or lose: by arm and measure the difference from `t-vanilla` after the last epoch."""
-    by_arm, _ = paired(stage, records)
-    return {
-        (arm, column.title): difference(
-            matrix(runs, task, "last", column), matrix(by_arm[REFERENCE], task, "last", column)
-        )
-        for task in stage.tasks
-        for column in measures(task)[:TESTED]
-        for arm, runs in by_arm.items()
-        if arm != REFERENCE
-    }
-
-
-def across(found: dict[str, dict[tuple[str, str], Difference]]) -> str:
+def across(found: dict[str, Claims]) -> str:
     """What is left of the differences if not the stage's comparisons count but those of all stages together."""
-    p_values = {f"{stage} {arm} {title}": gap.p for stage, gaps in found.items() for (arm, title), gap in gaps.items()}
-    overall = holm(p_values)
+    overall = holm({(stage, *claim): gap.p for stage, gaps in found.items() for claim, gap in gaps.items()})
     lines = [
         "## all stages together\n",
         f"Every difference whose p-value is below {LEVEL:g} after Holm's adjustment within its stage, and what the "
-        f"adjustment\nfor all {len(p_values)} comparisons of all stages makes of it. \\*: below {LEVEL:g} there too.\n",
+        f"adjustment\nfor all {len(overall)} comparisons of all stages makes of it. \\*: below {LEVEL:g} there too.\n",
         "| stage | arm | measure | difference | p | within the stage | over all |",
         "|---" * 7 + "|",
     ]
     for stage, gaps in found.items():
-        within = holm({f"{arm} {title}": gap.p for (arm, title), gap in gaps.items()})
-        for (arm, title), gap in gaps.items():
-            own, all_of_them = within[f"{arm} {title}"], overall[f"{stage} {arm} {title}"]
+        within = holm({claim: gap.p for claim, gap in gaps.items()})
+        for claim, gap in gaps.items():
+            own, all_of_them = within[claim], overall[(stage, *claim)]
             if own < LEVEL:
                 star = "\\*" if all_of_them < LEVEL else ""
                 numbers = f"{gap.p:.2g} | {own:.2g} | {all_of_them:.2g}{star}"
-                lines.append(f"| {stage} | {arm} | {title} | {_bracket(gap).strip(' ()')} | {numbers} |")
+                lines.append(f"| {stage} | {claim.arm} | {claim.title} | {_bracket(gap).strip(' ()')} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 
-def estimate_tables(name: str, stage: Stage, records: Sequence[Record], zero_shot: dict[str, float]) -> str:
-    """What an estimate shows: differences from `t-vanilla` at the last and at the best epoch, cost, terms, probes."""
+def estimate_tables(
+    name: str, stage: Stage, records: Sequence[Record], zero_shot: dict[str, float]
+) -> tuple[str, Claims]:
+    """What an estimate shows: differences from `t-vanilla` at the last and at the best epoch, cost, terms, probes.
+
+    Returns:
+        The tables, and of the differences those that can win or lose.
+    """
     by_arm, seeds = paired(stage, records)
     first = by_arm[REFERENCE][0]
     text = [f"## {name}\n", _heading(stage, first, len(seeds), len(by_arm))]
+    gaps = {(task, moment): _gaps(task, moment, by_arm) for task in stage.tasks for moment in ("last", "best")}
+    claims = {
+        Claim(task, arm, column.title): gap
+        for task in stage.tasks
+        for i, column in enumerate(measures(task)[:TESTED])
+        for arm, found in gaps[task, "last"].items()
+        for gap in [found[i]]
+    }
     for task in stage.tasks:
-        for moment in ("last", "best"):
-            text.append(_table(task, moment, by_arm, zero_shot.get(task)))
+        text.append(
+            _table(
+                task, "last", by_arm, gaps[task, "last"], zero_shot.get(task), holm({c: g.p for c, g in claims.items()})
+            )
+        )
+        text.append(_table(task, "best", by_arm, gaps[task, "best"], zero_shot.get(task), {}))
         smart = [arm for arm in by_arm if arm.startswith("smart")]
         faulty = [arm for arm in by_arm if arm in CAUSES]
         pairs = [(smart, rival) for rival in RIVALS] + [(faulty, FAULTLESS)]
@@ -131,7 +145,7 @@ def estimate_tables(name: str, stage: Stage, records: Sequence[Record], zero_sho
         text.append(_terms(task, by_arm))
     if "probes" in first:
         text.append(_probes(by_arm))
-    return "\n".join(text)
+    return "\n".join(text), claims
 
 
 def paired(stage: Stage, records: Sequence[Record]) -> tuple[dict[str, list[Record]], list[int]]:
@@ -180,16 +194,27 @@ def _heading(stage: Stage, first: Record, seeds: int, arms: int) -> str:
     )
 
 
-def _table(task: str, moment: str, by_arm: dict[str, list[Record]], zero_shot: float | None) -> str:
-    columns = measures(task)
-    values = {arm: [matrix(runs, task, moment, column) for column in columns] for arm, runs in by_arm.items()}
-    gaps: dict[str, list[Difference]] = {
-        arm: [difference(own, other) for own, other in zip(found, values[REFERENCE], strict=True)]
-        for arm, found in values.items()
+def _gaps(task: str, moment: str, by_arm: dict[str, list[Record]]) -> dict[str, list[Difference]]:
+    """By arm the difference from the reference in each column."""
+    return {
+        arm: [
+            difference(*(matrix(each, task, moment, column) for each in (runs, by_arm[REFERENCE])))
+            for column in measures(task)
+        ]
+        for arm, runs in by_arm.items()
         if arm != REFERENCE
     }
-    claims = {f"{arm} {i}": gaps[arm][i].p for arm in gaps for i in range(TESTED)} if moment == "last" else {}
-    adjusted = holm(claims)
+
+
+def _table(
+    task: str,
+    moment: str,
+    by_arm: dict[str, list[Record]],
+    gaps: dict[str, list[Difference]],
+    zero_shot: float | None,
+    adjusted: Mapping[Claim, float],
+) -> str:
+    columns = measures(task)
     lines = [
         f"### {task}, {moment} epoch\n",
         f"| arm | {' | '.join(column.title for column in columns)} | cost |",
@@ -197,11 +222,12 @@ def _table(task: str, moment: str, by_arm: dict[str, list[Record]], zero_shot: f
     ]
     if zero_shot is not None:
         lines.append(f"| untrained | {zero_shot:.4f} |" + " |" * len(columns))
-    for arm, found in values.items():
+    for arm, runs in by_arm.items():
         cells = []
-        for i, own in enumerate(found):
-            star = "\\*" if adjusted.get(f"{arm} {i}", 1.0) < LEVEL else ""
-            cells.append(f"{own.mean():.4f}" + (_bracket(gaps[arm][i]) + star if arm in gaps else ""))
+        for i, column in enumerate(columns):
+            star = "\\*" if adjusted.get(Claim(task, arm, column.title), 1.0) < LEVEL else ""
+            mean = f"{matrix(runs, task, moment, column).mean():.4f}"
+            cells.append(mean + (_bracket(gaps[arm][i]) + star if arm in gaps else ""))
         lines.append(f"| {arm} | {' | '.join(cells)} | {cost(by_arm[arm], by_arm[REFERENCE]):.2f} |")
     return "\n".join(lines) + "\n"
 

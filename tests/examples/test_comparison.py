@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,13 +25,16 @@ from minbert.distributed import Place
 from minbert.files import write_json, write_text
 from minbert.progress import hidden
 from minbert.study import arms_cli, figures, stages, tables, workers
+from minbert.study import trial as trial_module
 from minbert.study.arms import choice_of
 from minbert.study.bootstrap import Difference
 from minbert.study.record import ZERO_SHOT, code_version, packed, read
 from minbert.study.split import parts
 from minbert.study.stages import Rung, Stage, check_budget, ranking, upcoming
+from minbert.study.together import OTHER_SEED, Partner, mean_prediction
 from minbert.study.trial import Trial, Watch, run
 from minbert.tasks import TASKS
+from minbert.train import Trainer
 
 ESTIMATE = Stage(("sst",), 16, ("t-vanilla", "smart"), seeds=3, held_out=60)
 SEARCH = Stage(("sst",), 16, ("t-vanilla", "smart"), rungs=(Rung(4, 1), Rung(2, 3)), held_out=60)
@@ -124,6 +128,62 @@ def test_a_run_leaves_numbers_and_no_text(tmp_path: Path) -> None:
     assert not any(pair in text for pair in pairs)
     assert not any(row.id in text for row in rows)
     assert str(tmp_path) not in text
+
+
+def test_two_runs_answer_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the run of `t-vanilla`, and one with another seed on the same rows, at the end of each epoch."""
+    encoder = tiny_encoder(tmp_path / "encoder", layers=1, size=8)
+    choice = choice_of("two-runs", 0) | {"epochs": 2, "head_lr": 3e-3}
+    seen: dict[str, list[torch.Tensor]] = {}
+    see = Watch.__call__
+
+    def watched(watch: Watch, trainer: Trainer) -> None:
+        see(watch, trainer)
+        seen.setdefault(key, []).append(watch.last_outputs["sst"])
+
+    monkeypatch.setattr(Watch, "__call__", watched)
+    trial = Trial("two-runs", 0, choice, 0, ("sst",), 16, judged=True, held_out=60)
+    drawn = parts(SAMPLE, "sst", 16, seed=0, held_out=60)
+    monkeypatch.setattr(trial_module, "parts", lambda *_: drawn)
+    made = {}
+    for key, arm, seed in (("two", "two-runs", 0), ("one", "t-vanilla", 0), ("other", "t-vanilla", OTHER_SEED)):
+        made[key] = run(replace(trial, arm=arm, seed=seed), SAMPLE, encoder=str(encoder))
+    assert len(seen["two"]) == 2
+    for two, one, other in zip(*seen.values(), strict=True):
+        assert not torch.allclose(one, other)
+        torch.testing.assert_close(two.softmax(-1), (one.softmax(-1) + other.softmax(-1)) / 2)
+    assert made["two"]["epochs"][-1]["losses"] == made["one"]["epochs"][-1]["losses"]
+    assert made["two"]["steps"] == made["one"]["steps"]
+    init = Partner.__init__
+
+    def lasting(partner: Partner, trainer: Trainer) -> None:
+        init(partner, trainer)
+        assert partner.seconds > 0
+        partner.seconds = 1e6
+
+    monkeypatch.setattr(Partner, "__init__", lasting)
+    assert run(trial, SAMPLE, encoder=str(encoder))["cpu_seconds_a_step"] > 1e6 / made["two"]["steps"]
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "mean"),
+    [
+        ("sst", [[[0.0, 1, 2, 3, 4]], [[5.0, 0, 0, 0, 0]]], lambda outputs: outputs.softmax(-1)),
+        ("para", [[-3.0, 200.0], [1.0, 150.0]], lambda outputs: outputs.sigmoid()),
+        ("sts", [[1.0, 6.0], [2.0, 4.0]], lambda outputs: outputs),
+    ],
+)
+def test_the_mean_of_predictions(task: str, outputs: list[Any], mean: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    made = mean_prediction(TASKS[task], torch.tensor(outputs))
+    assert bool(made.isfinite().all())
+    torch.testing.assert_close(mean(made), mean(torch.tensor(outputs)).mean(0))
+
+
+def test_two_models_have_no_one_embedding_to_move(tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder", layers=1, size=8)
+    trial = Trial("two-runs", 0, choice_of("two-runs", 0), 0, ("sst",), 16, judged=True, probed=True, held_out=60)
+    with pytest.raises(TypeError, match="expected one model, got two that answer together"):
+        run(trial, SAMPLE, encoder=str(encoder))
 
 
 @pytest.mark.parametrize("better", [1, -1])

@@ -70,6 +70,7 @@ class Arm:
         space: what is searched besides `COMMON`.
         relative: settings that follow ε, as multiples of it.
         average: whether the teacher is measured in place of the model.
+        partner: whether a second run answers beside it (`together.py`).
     """
 
     config: str
@@ -77,6 +78,7 @@ class Arm:
     space: Space = field(default_factory=dict)
     relative: dict[str, float] = field(default_factory=dict)
     average: bool = False
+    partner: bool = False
 
 
 STRENGTH = Log(0.01, 30)
@@ -97,6 +99,7 @@ ARMS: dict[str, Arm] = {
     "plain": Arm("vanilla", {"label_smoothing": 0.0}, SMOOTHING),
     "t-vanilla": Arm("t-vanilla", {"label_smoothing": 0.0}, SMOOTHING),
     "longer": Arm("t-vanilla", {"label_smoothing": 0.0, "stretch": 7 / 3}, SMOOTHING),
+    "two-runs": Arm("t-vanilla", {"label_smoothing": 0.0}, SMOOTHING, partner=True),
     "label-smoothing": Arm("t-vanilla", {"label_smoothing": 0.1}, {"label_smoothing": Log(0.02, 0.3)}),
     "entropy": Arm("t-vanilla", {"entropy": 0.1}, {"entropy": Log(0.01, 1)}),
     "ema": Arm("t-bregman", {"mu": 0.0, "half_life": 0.1}, {"half_life": MBPP["half_life"]}, average=True),
@@ -134,7 +137,7 @@ ARMS |= {
 ARMS["r-drop:5"] = replace(ARMS["r-drop"], choice=ARMS["r-drop"].choice | {"lambda_s": 5.0})
 ARMS["smart-small-ball"] = replace(ARMS["smart"], choice=ALONE | {"epsilon": 0.05})
 
-_ALONE = ("plain", "t-vanilla", "longer", "ema", "mbpp")  # t-vanilla with the term is mbpp
+_ALONE = ("plain", "t-vanilla", "longer", "two-runs", "ema", "mbpp")  # t-vanilla with the term is mbpp
 ARMS |= {f"{name}+mbpp": with_mbpp(arm) for name, arm in ARMS.items() if name not in _ALONE}
 
 

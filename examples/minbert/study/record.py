@@ -24,7 +24,8 @@ ZERO_SHOT = "zero-shot.json"
 PACKAGE, EXAMPLE = Path(smartreg.__file__).parent, Path(__file__).resolve().parents[1]
 NUMBERS_FOLLOW_FROM = (
     *("batching", "bert", "data", "evaluate", "extras", "model", "objective", "optimizer", "pretrained", "settings"),
-    *("tasks", "train", "study/measure", "study/methods", "study/perturbed", "study/split", "study/trial"),
+    *("tasks", "train", "study/measure", "study/methods", "study/perturbed", "study/split", "study/together"),
+    "study/trial",
 )
 """The files of the example that decide a run's numbers, besides all of the library's. The table of arms is not among
 them: what it made of an arm stands in the record."""

@@ -76,6 +76,8 @@ WEAKER = ("t-vanilla", "smart:0.1", "smart:0.03", "smart-small-ball")
 OTHERS = ("t-vanilla", "plain", "ema", "neftune", "l2-sp", "sam", "random-smoothing", "r-drop:5")
 SIZES = ("t-vanilla", "smart:0.03", "r-drop:5")
 TUNED = ("t-vanilla", "smart:0.03", "r-drop")
+# Two plain runs cost as much as one with SMART. Pairs first: there SMART had gained.
+TWO = {"para": ("t-vanilla", "two-runs", "smart:0.03"), "sst": ("t-vanilla", "two-runs", "smart:0.03", "r-drop:5")}
 # At 1,024 sentences R-Drop had gained accuracy and the default weight none: would a larger one?
 LARGER = ("t-vanilla", "smart:0.1", "smart", "r-drop:5")
 
@@ -90,6 +92,7 @@ STAGES["weights-sst-1024"] = Stage(("sst",), 1024, LARGER, seeds=5)
 STAGES["again-para-1024"] = Stage(("para",), 1024, ("t-vanilla", "smart:0.03"), seeds=5, first_seed=5)
 STAGES["weaker-sts"] = Stage(("sts",), 256, ("t-vanilla", "smart:0.01"), seeds=8)
 STAGES |= {f"size-sts-{_size}": Stage(("sts",), _size, SIZES, seeds=5) for _size in (64, 1024)}
+STAGES |= {f"two-{_task}-1024": Stage((_task,), 1024, _arms, seeds=5) for _task, _arms in TWO.items()}
 STAGES["short-search-sst"] = Stage(("sst",), 256, TUNED, rungs=SHORT)
 STAGES["tuned-sst"] = Stage(("sst",), 256, TUNED, seeds=8, settings_from="short-search-sst", probed=True)
 for _task, _arms in (("sst", SEARCHED), ("para", FEW), ("sts", FEW)):

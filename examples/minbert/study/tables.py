@@ -17,7 +17,7 @@ from .stages import SEARCH_SEEDS, STAGES, Stage, check_budget, on_dev, ranking
 REFERENCE = "t-vanilla"
 FAULTLESS = "smart+mbpp"
 """What each fault is compared with."""
-RIVALS = ("r-drop", "r-drop:5")
+RIVALS = ("r-drop", "r-drop:5", "two-runs")
 """What costs as much as SMART, and is compared with it."""
 LEVEL = 0.05
 TESTED = 2

@@ -18,10 +18,11 @@ from ..settings import Settings
 from ..tasks import TASKS, score
 from ..train import Trainer
 from . import measure, perturbed
-from .arms import Choice, extras_of, settings_of
+from .arms import ARMS, Choice, extras_of, settings_of
 from .measure import finite
 from .record import Record, code_version, commit, packed
 from .split import Parts, parts
+from .together import OTHER_SEED, Partner
 
 Outputs = dict[str, Tensor]
 
@@ -117,15 +118,24 @@ def run(trial: Trial, folder: Path, *, device: str = "cpu", encoder: str | None 
     sets = {
         part: {name: tokenize(getattr(each, part), tokenizer) for name, each in found.items()} for part in Parts._fields
     }
-    torch.manual_seed(settings.seed)
-    model = build_model(settings, encoder_config(source, settings), source).to(place.device)
+
+    def begun(seed: int) -> Trainer:
+        torch.manual_seed(seed)
+        model = build_model(settings, encoder_config(source, settings), source).to(place.device)
+        extras = extras_of(trial.arm, trial.choice, model)
+        # The trainer itself measures no dev rows: the watch does, and keeps the outputs.
+        return Trainer(replace(settings, seed=seed), place, model, sets["train"], {}, None, extras)
+
     watch = Watch(sets["dev"], every=trial.judged)
-    extras = replace(extras_of(trial.arm, trial.choice, model), epoch_ended=watch)
-    # The trainer itself measures no dev rows: the watch does, and keeps the outputs.
-    trainer = Trainer(settings, place, model, sets["train"], {}, None, extras)
-    started, wall = time.process_time(), time.perf_counter()
+    wall = time.perf_counter()
+    partner = Partner(begun(settings.seed + OTHER_SEED)) if ARMS[trial.arm].partner else None
+    trainer = begun(settings.seed)
+    trainer.extras = replace(trainer.extras, epoch_ended=watch)
+    if partner is not None:
+        trainer.extras = replace(trainer.extras, evaluated=partner.beside)
+    started = time.process_time()
     trainer.run()
-    training = time.process_time() - started - watch.seconds
+    training = time.process_time() - started - watch.seconds + (partner.seconds if partner else 0.0)
 
     final = trainer.extras.evaluated(trainer)
     record: Record = {

@@ -28,7 +28,7 @@ from minbert.study import arms_cli, figures, stages, tables, workers
 from minbert.study import trial as trial_module
 from minbert.study.arms import choice_of
 from minbert.study.bootstrap import Difference
-from minbert.study.record import ZERO_SHOT, code_version, packed, read
+from minbert.study.record import JOINT, ZERO_SHOT, code_version, packed, read
 from minbert.study.split import parts
 from minbert.study.stages import Rung, Stage, check_budget, ranking, upcoming
 from minbert.study.together import OTHER_SEED, Partner, mean_prediction
@@ -412,6 +412,34 @@ def test_tables_of_made_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "| smart | 0.5000 | 0.03 |  |" in terms  # 0.3 times the mean of 0, 0.1 and 0.2
     assert arms_cli.main(["status", "--results", str(tmp_path)]) == 0
     assert "estimate: 6 done, 0 to do" in capsys.readouterr().out
+
+
+def test_all_tasks_together_have_their_table_and_figures(tmp_path: Path) -> None:
+    """Of the `results.json` of a study, whose own table and figures they are."""
+    one = {"seeds": 1, "std": None}
+    plain = {"mean": 0.4, "difference": None, "interval": None, **one}
+    smart = {"mean": 0.5, "difference": 0.1, "interval": [0.05, 0.15], **one}
+    line = {"epoch": 1, "train": {"sst": {"accuracy": 0.6}}, "dev": {"sst": {"accuracy": 0.5}}}
+    runs = [
+        {"mode": mode, "config": config, "seed": 0, "epochs": [line]}
+        for mode in ("pretrain", "finetune")
+        for config in ("vanilla", "t-smart")
+    ]
+    cells = {"vanilla": {"sst": plain}, "t-smart": {"sst": smart}}
+    joint = {"reference": "vanilla", "seeds": [0], "dev_rows": {"sst": 40}, "runs": runs}
+    write_json(tmp_path / JOINT, joint | {"summary": {"pretrain": cells, "finetune": cells}})
+    fill(tmp_path / "estimate", ESTIMATE, {"smart": 0.25})
+    text = tables.make(tmp_path)
+    part = text.split("\n## all tasks together, by configuration\n")[1].split("\n## ")[0]
+    assert "Seeds: 1. Dev rows: sst 40." in part
+    assert part.index("### After pretrain") < part.index("### After finetune")
+    assert part.count("| t-smart | 0.500 (+0.100 [+0.050, +0.150]) | 0.500 |") == 2
+    assert "difference from vanilla" in part
+    assert "over dev rows alone, since there is one seed)" in part
+    assert text.rindex("\n## ") == text.index("\n## all stages together")  # the last, as the pages say
+    names = [file.name for file in figures.make(tmp_path, tmp_path)]
+    assert names == ["gain-sst.png", "joint-pretrain.png", "joint-finetune.png", "joint-t-smart-sentiment.png"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 
 def test_faults_stand_beside_the_arm_that_they_are_faults_in(tmp_path: Path) -> None:

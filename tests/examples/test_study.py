@@ -54,7 +54,13 @@ def test_what_a_study_leaves(finished: list[str], capsys: pytest.CaptureFixture[
         low, high = cells["t-smart"][task]["interval"]
         assert low <= high
         assert cells["vanilla"][task]["interval"] is None
+    assert results["dev_rows"] == {"sst": 20, "para": 20, "sts": 20}
+    assert [len(run["epochs"]) for run in results["runs"]] == [1] * 4
+    assert results["runs"][1]["settings"]["config"] == "t-smart"
+    assert str(folder.parent) not in (folder / "results.json").read_text()  # it can be given away
     table = (folder / "results.md").read_text()
+    assert "Seeds: 2. Dev rows: sst 20, para 20, sts 20." in table
+    assert "over dev rows and seeds)" in table
     assert "| t-smart |" in table
     assert "## After finetune" in table
     for name in ("finetune.png", "t-smart-sentiment.png"):

@@ -11,12 +11,13 @@ from .. import InputError
 from ..cli import Parser, exit_code
 from ..files import UNFINISHED, read_json, write_json, write_text, writing
 from ..run_folder import LOCK, locked
-from ..settings import CONFIGS
+from ..settings import CONFIGS, Settings
 from ..tasks import TASKS
 from .pair import dev_rows, predictions
+from .record import comparable
 from .runs import Run, command, execute, passed_on, plan, result
 from .statistics import Array, compare
-from .summary import Summary, accuracy_by_epoch, bars, markdown
+from .summary import Summary, figures, markdown
 
 DEFAULTS = {"configs": ",".join(CONFIGS), "seeds": "0,1,2", "resamples": 2000}
 QUICK = {"configs": "vanilla,t-smart", "seeds": "0", "resamples": 100}
@@ -100,7 +101,7 @@ def study(options: dict[str, Any]) -> None:
 
 
 def report(folder: Path, results: dict[Run, dict[str, Any]], reference: str, resamples: int) -> None:
-    """Everything that is made of the runs' results."""
+    """Writes `results.json`, and of that alone the table and the figures."""
     runs = list(results)
     modes, configs = list(dict.fromkeys(r.mode for r in runs)), list(dict.fromkeys(r.config for r in runs))
     seeds = list(dict.fromkeys(run.seed for run in runs))
@@ -123,24 +124,27 @@ def report(folder: Path, results: dict[Run, dict[str, Any]], reference: str, res
     content = {
         "reference": reference,
         "resamples": resamples,
-        "runs": [
-            {**asdict(run), **{k: metrics[k] for k in ("dev", "train", "gap", "steps", "seconds")}}
-            for run, metrics in results.items()
-        ],
+        "seeds": seeds,
+        "dev_rows": counts,
+        "runs": [{**asdict(run), **_kept(metrics)} for run, metrics in results.items()],
         "summary": {
             mode: {config: {task: cell.to_dict() for task, cell in cells.items()} for config, cells in rows.items()}
             for mode, rows in summary.items()
         },
     }
     write_json(folder / "results.json", content)
-    listed = ", ".join(f"{task} {count}" for task, count in counts.items())
-    write_text(folder / "results.md", markdown(summary, reference, f"Seeds: {len(seeds)}. Dev rows: {listed}."))
-    for mode in modes:
-        bars(summary[mode], f"dev metrics after {mode}", folder / "figures" / f"{mode}.png")
-    if "t-smart" in configs and "sst" in tasks:
-        histories = [results[Run(modes[-1], "t-smart", seed)]["epochs"] for seed in seeds]
-        title = f"t-smart, {modes[-1]}: sentiment by epoch"
-        accuracy_by_epoch(histories, title, folder / "figures" / "t-smart-sentiment.png")
+    write_text(folder / "results.md", markdown(content))
+    figures(content, folder / "figures")
+
+
+def _kept(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What a run's line has of its metrics; no path among it."""
+    epochs = [{name: line[name] for name in ("epoch", "losses", "train", "dev")} for line in metrics["epochs"]]
+    settings = comparable(Settings.from_dict(metrics["settings"]))
+    return {k: metrics[k] for k in ("dev", "train", "gap", "steps", "seconds")} | {
+        "epochs": epochs,
+        "settings": {name: value for name, value in settings.items() if name != "init_from"},
+    }
 
 
 def _predictions(folder: Path, mode: str, config: str, seeds: list[int], task: str, ids: list[str]) -> Array:

@@ -1,4 +1,7 @@
-"""The figures of the comparison: each arm's gain over `t-vanilla` with its interval, by arm and by size of data."""
+"""The figures of the comparison: each arm's gain over `t-vanilla` with its interval, by arm and by size of data.
+
+Those of all tasks together are `summary.py`'s.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,15 +11,16 @@ from matplotlib.figure import Figure
 
 from ..report import save_figure
 from ..tasks import TASKS
+from . import summary
 from .arms import CAUSES
 from .bootstrap import Difference, difference
-from .record import Record, read
+from .record import Record, read, read_joint
 from .stages import SIZES, STAGES
 from .tables import REFERENCE, complete, matrix, measures, paired
 
 
 def make(results: Path, folder: Path) -> list[Path]:
-    """A figure for each task that has an estimate, and one by size of data; returns the files.
+    """A figure for each task that has an estimate, one by size of data, those of all tasks together; returns the files.
 
     Arms with a fault have a table alone.
     """
@@ -40,7 +44,8 @@ def make(results: Path, folder: Path) -> list[Path]:
     if sized:
         files.append(folder / "gain-by-size.png")
         sizes(sized, files[-1])
-    return files
+    joint = read_joint(results)
+    return files + (summary.figures(joint, folder, "joint-") if joint is not None else [])
 
 
 class Gain(NamedTuple):

@@ -18,9 +18,12 @@ import smartreg
 
 from .. import InputError
 from ..files import read_json
+from ..settings import Settings
 
 RESULTS = Path(__file__).parent / "results"
 ZERO_SHOT = "zero-shot.json"
+JOINT = "joint.json"
+"""The `results.json` of a study of `minbert_study.py`: the five configurations, on all tasks together."""
 PACKAGE, EXAMPLE = Path(smartreg.__file__).parent, Path(__file__).resolve().parents[1]
 NUMBERS_FOLLOW_FROM = (
     *("batching", "bert", "data", "evaluate", "extras", "model", "objective", "optimizer", "pretrained", "settings"),
@@ -56,6 +59,11 @@ def unpacked(packed: dict[str, Any]) -> Array:
     codes = np.frombuffer(zlib.decompress(base64.b64decode(packed["codes"])), np.uint8)
     values = packed["low"] + codes * ((packed["high"] - packed["low"]) / 255)
     return np.asarray(values + (packed["mean"] - values.mean()), dtype=np.float64)
+
+
+def comparable(settings: Settings) -> dict[str, Any]:
+    """The settings without what a machine has of its own."""
+    return {key: value for key, value in settings.to_dict().items() if key not in ("data_dir", "device", "encoder")}
 
 
 def code_version() -> str:
@@ -121,6 +129,12 @@ def read_zero_shot(results: Path) -> dict[str, float]:
     file = results / ZERO_SHOT
     found: dict[str, float] = read_json(file) if file.exists() else {}
     return found
+
+
+def read_joint(results: Path) -> dict[str, Any] | None:
+    """What the study of all tasks together has left; None if it was not made."""
+    file = results / JOINT
+    return read_json(file) if file.exists() else None
 
 
 def refuse_additions(records: Iterable[Record], device: str, where: str) -> None:

@@ -29,6 +29,11 @@ class Cell:
     difference: float | None = None
     interval: tuple[float, float] | None = None
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Cell":
+        """The cell of a JSON object."""
+        return cls(**values | {"interval": values["interval"] and tuple(values["interval"])})
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON object."""
         return {name: _or_none(value) for name, value in asdict(self).items()}

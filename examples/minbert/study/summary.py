@@ -1,4 +1,4 @@
-"""What a study leaves for its readers: a Markdown table and three figures."""
+"""What a study leaves for its readers, made of its `results.json` alone: a Markdown table and three figures."""
 
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,35 @@ from .statistics import Cell
 
 Summary = dict[str, dict[str, dict[str, Cell]]]
 """mode → configuration → task → cell."""
+Content = dict[str, Any]
+"""Of a study's `results.json`."""
 
 
-def markdown(summary: Summary, reference: str, notes: str) -> str:
+def cells_of(content: Content) -> Summary:
+    """The cells, as they were before they were written."""
+    return {
+        mode: {
+            config: {task: Cell.from_dict(cell) for task, cell in cells.items()} for config, cells in configs.items()
+        }
+        for mode, configs in content["summary"].items()
+    }
+
+
+def markdown(content: Content, title: str = "# Dev metrics by configuration") -> str:
     """A table for each mode: mean ± standard deviation over seeds, and the difference from the reference.
 
     Args:
-        summary: the cells.
-        reference: the configuration that the others are compared with.
-        notes: a line on how the numbers came about.
+        content: of `results.json`.
+        title: the heading; those below it are one level lower.
     """
-    parts = [f"# Dev metrics by configuration\n\n{notes}\n"]
-    for mode, configs in summary.items():
+    listed = ", ".join(f"{task} {count}" for task, count in content["dev_rows"].items())
+    parts = [f"{title}\n\nSeeds: {len(content['seeds'])}. Dev rows: {listed}.\n"]
+    level = title.split()[0] + "#"
+    for mode, configs in cells_of(content).items():
         tasks = list(next(iter(configs.values())))
         heads = [f"{task} {TASKS[task].metric}" for task in tasks]
         lines = [
-            f"## After {mode}\n",
+            f"{level} After {mode}\n",
             f"| configuration | {' | '.join(heads)} | mean |",
             "|---" * (len(tasks) + 2) + "|",
         ]
@@ -35,8 +48,9 @@ def markdown(summary: Summary, reference: str, notes: str) -> str:
             values = " | ".join(_entry(cell) for cell in cells.values())
             lines.append(f"| {config} | {values} | {mean:.3f} |")
         parts.append("\n".join(lines) + "\n")
+    drawn = "dev rows and seeds" if len(content["seeds"]) > 1 else "dev rows alone, since there is one seed"
     parts.append(
-        f"In brackets: difference from {reference} and its 95 % interval (paired bootstrap over dev rows and seeds). "
+        f"In brackets: difference from {content['reference']} and its 95 % interval (paired bootstrap over {drawn}). "
         "An interval that holds 0 shows no difference.\n"
     )
     return "\n".join(parts)
@@ -48,6 +62,21 @@ def _entry(cell: Cell) -> str:
         low, high = cell.interval
         text += f" ({cell.difference:+.3f} [{low:+.3f}, {high:+.3f}])"
     return text
+
+
+def figures(content: Content, folder: Path, prefix: str = "") -> list[Path]:
+    """The bars of each mode, and T-SMART's sentiment by epoch where it was trained; returns the files."""
+    summary = cells_of(content)
+    files = []
+    for mode, configs in summary.items():
+        files.append(folder / f"{prefix}{mode}.png")
+        bars(configs, f"dev metrics after {mode}", files[-1])
+    last = list(summary)[-1]
+    if "sst" in summary[last].get("t-smart", {}):
+        runs = [run for run in content["runs"] if (run["mode"], run["config"]) == (last, "t-smart")]
+        files.append(folder / f"{prefix}t-smart-sentiment.png")
+        accuracy_by_epoch([run["epochs"] for run in runs], f"t-smart, {last}: sentiment by epoch", files[-1])
+    return files
 
 
 def bars(configs: dict[str, dict[str, Cell]], title: str, file: Path) -> None:

@@ -11,8 +11,9 @@ from .. import InputError
 from ..tasks import TASKS
 from .arms import CAUSES
 from .bootstrap import Difference, difference, holm
-from .record import Record, read, read_zero_shot, unpacked
+from .record import Record, read, read_joint, read_zero_shot, unpacked
 from .stages import SEARCH_SEEDS, STAGES, Stage, check_budget, on_dev, ranking
+from .summary import markdown
 
 REFERENCE = "t-vanilla"
 FAULTLESS = "smart+mbpp"
@@ -88,6 +89,8 @@ def make(results: Path) -> str:
             parts.append(f"## {name}\n\nIn the making: {len(records)} runs, and fewer than two seeds with all arms.\n")
     if not parts:
         raise InputError(f"{results}: no records; make some with the command `run`")
+    if (joint := read_joint(results)) is not None:
+        parts.append(markdown(joint, "## all tasks together, by configuration"))
     return "\n".join([TITLE, *parts, *([across(claims)] if claims else [])])
 
 

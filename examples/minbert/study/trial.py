@@ -14,13 +14,12 @@ from ..distributed import Place
 from ..evaluate import outputs_of
 from ..model import MultitaskModel, build_model, encoder_config
 from ..pretrained import resolve_encoder
-from ..settings import Settings
 from ..tasks import TASKS, score
 from ..train import Trainer
 from . import measure, perturbed
 from .arms import ARMS, Choice, extras_of, settings_of
 from .measure import finite
-from .record import Record, code_version, commit, packed
+from .record import Record, code_version, commit, comparable, packed
 from .split import Parts, parts
 from .together import OTHER_SEED, Partner
 
@@ -145,7 +144,7 @@ def run(trial: Trial, folder: Path, *, device: str = "cpu", encoder: str | None 
         "seed": trial.seed,
         "rows": trial.rows,
         "choice": trial.choice,
-        "settings": _comparable(settings),
+        "settings": comparable(settings),
         "code": code_version(),
         "commit": commit(),
         "torch": torch.__version__,
@@ -203,11 +202,6 @@ def _without_rows(judged: Record) -> Record:
         for name, each in judged.items()
     }
     return {name: each | {"held_out": held[name]} for name, each in judged.items()}
-
-
-def _comparable(settings: Settings) -> dict[str, Any]:
-    """The settings without what a machine has of its own."""
-    return {key: value for key, value in settings.to_dict().items() if key not in ("data_dir", "device", "encoder")}
 
 
 def _labels(data: TokenSet) -> Tensor:

@@ -49,6 +49,7 @@ SECTIONS = {
     "Larger weights on 1,024 sentences": "weights-sst-1024",
     "Paraphrase, 64 pairs": "size-para-64",
     "Sentiment, 64 sentences": "size-sst-64",
+    "Scores, 64 pairs": "size-sts-64",
     "Where the failure came from": "causes",
 }
 """The sections of the page that have a table, and the stage that it is of."""
@@ -64,7 +65,8 @@ SUMMARY = {
     "sentiment, 1,024 sentences": "size-sst-1024",
     "sentiment, 256": "weaker-sst",
     "sentiment, 64": "size-sst-64",
-    "scores, 256 pairs": "first-sts",
+    "scores, 64 pairs": "size-sts-64",
+    "scores, 256": "first-sts",
 }
 """The rows of the page's first table, which are of the default weight alone."""
 DEFAULT = f"smart:{Settings.lambda_s}"

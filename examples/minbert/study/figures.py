@@ -90,10 +90,11 @@ def sizes(found: dict[str, dict[str, list[Gain]]], file: Path) -> None:
             panel.axhline(0, color="black", linewidth=0.8)
             panel.set_xscale("log")
             panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.tick_params(labelsize=7)  # or the numbers of three columns run into each other
             panel.minorticks_off()
             panel.set_title(f"{task}: {measure.title}", fontsize=9)
             panel.grid(axis="y", alpha=0.3)
-        panels[-1][column].set_xlabel("training rows")
+        panels[-1][column].set_xlabel("training rows", fontsize=8)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     for row in panels:
         row[0].set_ylabel(f"difference from {REFERENCE}", fontsize=8)

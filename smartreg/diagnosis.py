@@ -100,7 +100,7 @@ def diagnose(
         reference_steps: Steps of the ascent that `share_of_maximum` is measured against; 0 leaves it out, and saves
             as many passes, forward and backward, for each ε and each point that the ascent begins at.
         progress: Called after each ε with a line of text: how long it took, and about how long the others will.
-        **options: Any other argument of `SmartLoss`, such as `embedding` or `norm`.
+        **options: Any other argument of `SmartLoss`, such as `embedding` or `norm`; masks of dropout are shared.
 
     Returns:
         Tuples with an entry for each ε; a table with a summary when printed, a picture by `.plot()`. The model, its
@@ -128,8 +128,9 @@ def diagnose(
     check_forward(forward)
     sizes = _checked_sizes(epsilons, options.get("epsilon_scale", "rms"))
     reference_steps = whole("reference_steps", reference_steps)
-    if not (loss is None or isinstance(loss, (Real, Tensor))):
-        raise TypeError(f"loss must be a number or a tensor of one, got {type(loss).__name__}")
+    if not (loss is None or isinstance(loss, Real) or (isinstance(loss, Tensor) and loss.numel() == 1)):
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss must be a number or a tensor of one, got {got}")
     task_loss = None if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
     if task_loss is not None and not 0 < task_loss < float("inf"):
         raise ValueError(f"loss must be a finite number above 0, the task loss on this batch, got {loss!r}")
@@ -140,6 +141,11 @@ def diagnose(
     swept = [name for name in ("epsilon", "step_size", "noise_std") if name in options]
     if swept:
         raise ValueError(f"diagnose sweeps epsilon = step_size = noise_std: pass epsilons, not {', '.join(swept)}")
+    if options.get("dropout") == "independent":
+        raise ValueError(
+            'diagnose measures under shared dropout masks, got dropout="independent": leave it out, and read from '
+            "dropout_share what fresh masks would add to the penalty"
+        )
     resolved = resolve_divergence("symmetric_kl" if divergence is None else divergence)
     smart = SmartLoss(model, divergence=resolved, epsilon=1.0, step_size=1.0, noise_std=1.0, **options)
     began = time.perf_counter()
@@ -216,7 +222,7 @@ def _swept_batch(smart: SmartLoss, forward: Forward, query: Query) -> Sweep:
     if draws or smart.settings.start != "towards_uniform" or smart.settings.steps:
         uniform = replace(adversary, settings=replace(smart.settings, start="towards_uniform"))
         restart = uniform.begin(passes, clean, query).start
-    autocast = smart.settings.ascent_autocast
+    autocast = smart.settings.ascent_autocast or not smart.settings.steps  # there is nothing else to be run without it
     exact = objective.reference if autocast else passes.reference_without_autocast()[0]
     # Not frozen: where nothing needs a gradient some layers take another path, with other rounding.
     penalty = replace(objective, run=passes.perturbed)

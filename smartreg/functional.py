@@ -87,7 +87,7 @@ def smoothness_penalty(
         detach_reference: No gradient through the clean output.
         output_to_logits: From what `fn` returned to the tensors to compare.
         generator: Draws the noise.
-        ascent_autocast: False runs the ascent with autocast off.
+        ascent_autocast: False runs the `steps` with autocast off.
         check_first_call: Run `fn(embeds)` once more in the first call, and warn if the output is another.
 
     Returns:
@@ -95,7 +95,8 @@ def smoothness_penalty(
 
     Raises:
         TypeError, ValueError: An argument is of the wrong kind, shape or range.
-        RuntimeError: `steps` > 0 under `torch.inference_mode`, or the output does not depend on `embeds`.
+        RuntimeError: `torch.inference_mode` is on (but for noise without steps), or the output does not depend on
+            `embeds`.
 
     Examples:
         >>> import torch

@@ -51,8 +51,8 @@ class SmartLoss(nn.Module):
             `model.get_input_embeddings()` and every embedding module with the same weight.
         divergence: ℓ_s, called as (perturbed, clean): a name, or a function of two tensors that returns a scalar.
         epsilon: ε ≥ 0, radius of the ball. 0 means no perturbation, and no ascent.
-        step_size: η ≥ 0.
-        noise_std: σ ≥ 0, of the noise that `start="noise"` draws.
+        step_size: η ≥ 0, of each of the `steps`: with the default of none it is not used.
+        noise_std: σ ≥ 0, of the noise that `start="noise"` draws: with the other starts it is not used.
         steps: Ascent steps; 0 takes the start, in the ball, as perturbation (with noise: random smoothing).
         norm: p, `"inf"` or `"2"`, for normalisation and projection.
         norm_over: `"example"`, one norm for a whole sentence, or `"token"`.
@@ -71,7 +71,7 @@ class SmartLoss(nn.Module):
         output_to_logits: From what `forward` returned to the tensor (or sequence of tensors, whose divergences are
             summed) to compare. None: a tensor is itself; else `.logits` or `["logits"]`.
         generator: Draws the start, and nothing else. None: torch's own, on the device of the embeddings.
-        ascent_autocast: False runs the ascent with the user's autocast off, where half precision would drown a small ε.
+        ascent_autocast: False runs the `steps` with the user's autocast off: half precision would drown a small ε.
         check_first_call: In the first call of each `forward` and mode run the clean pass once more, and warn if its
             output differs: `forward` is not repeatable then.
 

@@ -94,7 +94,7 @@ def perturbations(model: Sentence, lookups: int = 1) -> list[list[Tensor]]:
 @contextmanager
 def counting(module: nn.Module) -> Iterator[Callable[[], int]]:
     """How often the module runs in this block."""
-    calls: UserList[None] = UserList()  # no list: what a hook writes is as after the clean pass
+    calls: list[None] = []
     handle = module.register_forward_pre_hook(lambda *_: calls.append(None))
     try:
         yield lambda: len(calls)

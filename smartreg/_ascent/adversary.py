@@ -130,7 +130,8 @@ class Adversary:
         balls = balls_around(clean.embeddings, query.mask, self.settings, query.example_ids)
         start, noise = self.settings.start, query.noise
         given = noise is not None and start != "gradient"  # the start itself; for "gradient" it is u
-        if self.settings.epsilon == 0 and self.settings.steps == 0 and start != "noise":
+        idle = self.settings.steps == 0 or not self.settings.moves
+        if self.settings.epsilon == 0 and idle and start != "noise":
             return Position(objective, balls, zero_start(balls))
         if start == "noise" or given or self.settings.epsilon == 0:
             return Position(objective, balls, noise_start(balls, noise, self.generator))
@@ -153,7 +154,7 @@ class Adversary:
             with passes.same_dropout():
                 if self.looks.precision.look(objective, balls, start.perturbations, clean.autocast_dtype):
                     self.looks.outcome.expect_nothing()
-        if clean.autocast_dtype is not None and not self.settings.ascent_autocast:
+        if clean.autocast_dtype is not None and self.settings.steps and not self.settings.ascent_autocast:
             run = partial(passes.perturbed, freeze=True, autocast=False)
             reference, inside = passes.reference_without_autocast()
             if inside:

@@ -182,8 +182,9 @@ def _broken(value: float, clean: Sequence[Tensor]) -> str:
     finite = torch.stack([((tensor < torch.inf) | tensor.isneginf()).all().cpu() for tensor in clean]).all()
     if finite:
         return (
-            f"the penalty is {value}, and the clean output is finite: the perturbed pass overflows, or the divergence "
-            f"is infinite. Use smaller values of epsilon, or a divergence that is bounded, such as jensen_shannon"
+            f"the penalty is {value}, and the clean output is finite: the perturbed pass overflows, the divergence is "
+            f"infinite, or a given noise is not finite. Use smaller values of epsilon, or a bounded divergence, as "
+            f"jensen_shannon is"
         )
     return (
         f"the clean output of the model is not finite, before any perturbation, so that the penalty is {value}: the "

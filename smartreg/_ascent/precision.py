@@ -22,6 +22,7 @@ from torch import Tensor
 
 from smartreg._ascent.ball import Ball, entries, root_mean_square
 from smartreg._ascent.objective import Objective
+from smartreg._ascent.settings import SmartSettings
 from smartreg._warnings import warn
 
 REQUIRED_COSINE = 0.9
@@ -33,7 +34,7 @@ _INFORMATIVE = 0.5  # agreement from which q is more than chance; the next rung 
 
 
 class PrecisionCheck:
-    """Looks once at every combination of device, dtype and autocast dtype, and warns where it drowns the perturbation.
+    """Looks once at every combination of device, dtypes and settings, and warns where it drowns the perturbation.
 
     Nothing is run where the sizes that the user asked for are far above the resolution of the dtype (in float32 with
     ordinary settings). Else ten more passes are differentiated, in the first call only; their number does not depend on
@@ -41,7 +42,7 @@ class PrecisionCheck:
     """
 
     def __init__(self) -> None:
-        self._looked: set[tuple[torch.device, torch.dtype, torch.dtype | None]] = set()
+        self._looked: set[tuple[torch.device, torch.dtype, torch.dtype | None, SmartSettings]] = set()
 
     def look(
         self, objective: Objective, balls: Sequence[Ball], start: Sequence[Tensor], autocast: torch.dtype | None
@@ -58,7 +59,7 @@ class PrecisionCheck:
             Whether it warned.
         """
         settings, embeddings = balls[0].settings, balls[0].embeddings
-        key = (embeddings.device, embeddings.dtype, autocast)
+        key = (embeddings.device, embeddings.dtype, autocast, settings)  # of a function each call may have its own
         if key in self._looked or torch.is_inference_mode_enabled():
             return False
         self._looked.add(key)
@@ -225,14 +226,17 @@ def _message(drowned: dict[str, float], needed: float, balls: Sequence[Ball], au
         values = ", ".join(f"{name}={needed * _unit(balls, name):.2g}" for name in drowned)
         least = f"the smallest useful value for this model and dtype is {values} ({kind})"
     remedy = "use larger values, or float32"
-    if autocast is not None and settings.ascent_autocast:
-        remedy = (
-            "use larger values, or switch autocast off for this call; ascent_autocast=False makes the direction of the "
-            "ascent exact, while the penalty itself stays rounded"
-        )
+    if autocast is not None:
+        remedy = "use larger values, or switch autocast off for this call"
+        if settings.steps and settings.ascent_autocast:
+            remedy += (
+                "; ascent_autocast=False makes the direction of the ascent exact, while the penalty itself stays "
+                "rounded"
+            )
     return (
-        f"{asked}: too small for {where}, which rounds the perturbation away (the cosine of the ascent direction with "
-        f"the exact one is below {REQUIRED_COSINE}); {least}, measured on this batch. Remedy: {remedy}"
+        f"{asked}: too small for {where}, which rounds the perturbation away (the cosine of the gradient at a "
+        f"perturbation of this size with the exact one is below {REQUIRED_COSINE}); {least}, measured on this batch. "
+        f"Remedy: {remedy}"
     )
 
 

@@ -66,7 +66,7 @@ class SmartSettings:
             options[name] = _size(name, options[name])
         for name in ("detach_reference", "ascent_autocast"):
             flag(name, options[name])
-        options["steps"] = whole("steps", options["steps"], meaning=" (random smoothing)")
+        options["steps"] = whole("steps", options["steps"], meaning=" (no ascent)")
         for name, choices in _CHOICES.items():
             if options[name] not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {options[name]!r}")

@@ -186,9 +186,11 @@ class EmbeddingTap:
 
 
 def _attached_hook(module: nn.Module) -> EmbeddingHook:
-    for hook in module._forward_hooks.values():
+    for key, hook in list(module._forward_hooks.items()):
         if isinstance(hook, EmbeddingHook):
             return hook
+        if isinstance(getattr(hook, "__self__", None), contextlib.nullcontext):
+            del module._forward_hooks[key]  # what `__reduce__` left in a copy, which copies of copies would gather
     hook = EmbeddingHook()
     module.register_forward_hook(hook)
     return hook
@@ -243,14 +245,14 @@ def input_embeddings(model: nn.Module, embedding: nn.Module | str | None) -> tup
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "model must run in Python, where a hook can change what its embedding returns, got a scripted one: make "
-            "SmartLoss from the module that was scripted, and script it for inference"
+            "SmartLoss from the module that was scripted, and script it after remove(), for inference"
         )
     found = _found(model, embedding)
     if any(isinstance(module, torch.jit.ScriptModule) for module in found):
         raise TypeError(
             f"embedding must run in Python, where a hook can change what it returns, got one inside of a scripted "
-            f"{type(model).__name__}: make SmartLoss around the model before torch.jit.script, or leave the embedding "
-            f"out of the scripted part"
+            f"{type(model).__name__}: leave the embedding out of the scripted part, or script after training and "
+            f"after remove()"
         )
     return found
 
@@ -258,16 +260,18 @@ def input_embeddings(model: nn.Module, embedding: nn.Module | str | None) -> tup
 def _found(model: nn.Module, embedding: nn.Module | str | None) -> tuple[nn.Module, ...]:
     if isinstance(embedding, str):
         try:
+            if not embedding:
+                raise AttributeError  # the model itself, in torch's spelling
             return (model.get_submodule(embedding),)
         except AttributeError:
             raise ValueError(
                 f"embedding must name a submodule of {type(model).__name__}, got {embedding!r}; {_candidates(model)}"
             ) from None
     if isinstance(embedding, nn.Module):
-        if not any(module is embedding for module in model.modules()):
+        if not any(module is embedding for module in model.modules() if module is not model):
             raise ValueError(
                 f"embedding must be a submodule of {type(model).__name__}, got a {type(embedding).__name__} that is "
-                f"not in it; {_candidates(model)}"
+                f"none; {_candidates(model)}"
             )
         return (embedding,)
     if embedding is not None:
@@ -282,8 +286,9 @@ def _found(model: nn.Module, embedding: nn.Module | str | None) -> tuple[nn.Modu
 
 
 def _told(model: nn.Module) -> nn.Module | None:
+    ask = getattr(model, "get_input_embeddings", None)
     try:
-        told = model.get_input_embeddings()  # type: ignore[operator]  # a method of the user's class, looked up by name
+        told = ask() if callable(ask) else None
     except (AttributeError, NotImplementedError):  # the latter is how transformers says that a model has none
         return None
     return told if isinstance(told, nn.Module) else None

@@ -74,6 +74,13 @@ def test_baseline_is_evaluated_on_all_three_tasks(
     assert metrics["dev"]["para"]["n"] == 20
 
 
+@pytest.mark.parametrize("flags", [(), ("--beta", "paper"), ("--mu", 0)])
+def test_a_run_shorter_than_the_teacher_s_interval(flags: tuple[object, ...], encoder: Path, tmp_path: Path) -> None:
+    """Its teacher stays where it began."""
+    metrics = run(tmp_path / "run", encoder, "--config", "t-smart", "--tasks", "sst", "--inner-steps", 100, *flags)
+    assert metrics["steps"] == 1
+
+
 def test_what_a_run_leaves(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     metrics = run(folder, encoder, epochs=2)

@@ -214,11 +214,41 @@ def test_two_norm_is_counted_in_entries() -> None:
 def test_ascent_without_autocast_still_warns_of_the_penalty() -> None:
     model = models.build()
     torch.manual_seed(10)
-    (text,) = call(SmartLoss(model, epsilon=1e-4, noise_std=1e-4, ascent_autocast=False), torch.bfloat16)
+    (text,) = call(SmartLoss(model, epsilon=1e-4, steps=1, ascent_autocast=False), torch.bfloat16)
     assert text.startswith("epsilon=0.0001")
     assert "ascent_autocast" not in text
-    (text,) = call(SmartLoss(model, epsilon=1e-4, noise_std=1e-4), torch.bfloat16)
+    (text,) = call(SmartLoss(model, epsilon=1e-4, steps=1), torch.bfloat16)
     assert "ascent_autocast=False" in text
+
+
+def test_without_a_step_autocast_has_no_ascent_to_be_switched_off_in() -> None:
+    """Neither is it a remedy then, nor is a pass run for it."""
+    model, passes = models.build(), []
+    model.register_forward_hook(lambda *_: passes.append(torch.is_autocast_enabled("cpu")))
+    (text,) = call(SmartLoss(model, epsilon=1e-4), torch.bfloat16)
+    assert text.endswith("Remedy: use larger values, or switch autocast off for this call")
+    counts = []
+    for ascent_autocast in (True, False):
+        smart = SmartLoss(model, ascent_autocast=ascent_autocast, check_first_call=False)
+        call(smart, torch.bfloat16)  # which looks at the precision
+        passes.clear()
+        assert call(smart, torch.bfloat16) == []
+        counts.append(list(passes))
+    assert counts == [[True, True]] * 2
+
+
+def test_another_size_is_another_question() -> None:
+    """A function has no object that goes with its settings: each call may have its own."""
+    weights, embeds = torch.randn(8, 3), torch.randn(4, 5, 8)
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x).mean(1) @ weights
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert smoothness_penalty(fn, embeds, epsilon=0.3).penalty > 0
+        with pytest.warns(SmartWarning, match="epsilon=0.0001: too small for bfloat16 autocast"):
+            smoothness_penalty(fn, embeds, epsilon=1e-4)
+        smoothness_penalty(fn, embeds, epsilon=1e-4)  # it has been said
 
 
 def test_a_perturbation_that_vanishes_altogether() -> None:

@@ -2,7 +2,6 @@
 
 import builtins
 import math
-from collections import UserList
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +50,7 @@ def test_flips_are_the_changed_predictions() -> None:
     model = models.build()
     clean = model(IDS).argmax(-1)
     result = run(model, epsilons=[1.0, 3.0])
-    seen: UserList[Tensor] = UserList()  # no list: what a hook writes to one is as after the clean pass
+    seen: list[Tensor] = []
     model.register_forward_hook(lambda m, a, out: seen.append(out.detach()))
     for row, size in enumerate((1.0, 3.0)):
         smart = SmartLoss(model, epsilon=size, step_size=size, noise_std=size, **PRINTED)
@@ -208,6 +207,8 @@ def test_sizes_must_be_above_zero(epsilons: Any) -> None:
 
 
 def test_swept_arguments_cannot_be_given() -> None:
+    with pytest.raises(ValueError, match=r'got dropout="independent": leave it out, and read from dropout_share'):
+        run(models.build(), dropout="independent")
     with pytest.raises(ValueError, match="pass epsilons, not step_size"):
         run(models.build(), step_size=0.1)
 
@@ -450,6 +451,8 @@ def test_the_suggested_lambda_weighs_a_tenth_of_the_loss() -> None:
             run(model, loss=wrong)
     with pytest.raises(TypeError, match=r"loss must be a number or a tensor of one, got list"):
         run(model, loss=[1.0])
+    with pytest.raises(TypeError, match=r"loss must be a number or a tensor of one, got shape \(2,\)"):
+        run(model, loss=torch.tensor([1.0, 2.0]))
     with pytest.raises(ValueError, match="reference_steps must be 0 or more, got -1"):
         run(model, reference_steps=-1)
     with pytest.raises(TypeError, match=r"reference_steps must be an int, got 1\.5"):

@@ -1,6 +1,5 @@
 """Random state: which dropout masks the passes see, and what a call leaves of torch's generators."""
 
-from collections import UserList
 from typing import Any
 
 import pytest
@@ -79,7 +78,7 @@ def embedding_of(model: nn.Module) -> str | None:
 
 def masks_of(model: Sentence, **options: Any) -> list[Tensor]:
     """Which entries the dropout layer let through in every pass of one call."""
-    masks: UserList[Tensor] = UserList()  # no list: what a hook writes to one is as after the clean pass
+    masks: list[Tensor] = []
     handle = model.dropout.register_forward_hook(lambda module, args, output: masks.append(output != 0))
     SmartLoss(model, **options)(lambda m: m(IDS, MASK))
     handle.remove()

@@ -23,7 +23,7 @@ HYPERPARAMETERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"epsilon": "0.1"}, TypeError, r"epsilon must be a number, got '0\.1'"),
     ({"step_size": None}, TypeError, r"step_size must be a number, got None"),
     ({"noise_std": True}, TypeError, r"noise_std must be a number, got True"),
-    ({"steps": -1}, ValueError, r"steps must be 0 \(random smoothing\) or more, got -1"),
+    ({"steps": -1}, ValueError, r"steps must be 0 \(no ascent\) or more, got -1"),
     ({"steps": 1.0}, TypeError, r"steps must be an int, got 1\.0"),
     ({"steps": True}, TypeError, r"steps must be an int, got True"),
     ({"norm": "1"}, ValueError, r'norm must be "inf" \(or float\("inf"\)\) or "2" \(or 2\), got \'1\''),
@@ -118,8 +118,25 @@ def test_a_model_that_does_not_tell_its_embedding(error: type[Exception] | None)
 def test_an_embedding_that_is_not_in_the_model() -> None:
     with pytest.raises(ValueError, match=r"must name a submodule of Sentence, got 'word_embeddings'.*are: embedding"):
         SmartLoss(build(), embedding="word_embeddings")
-    with pytest.raises(ValueError, match=r"must be a submodule of Sentence, got a Embedding that is not in it"):
+    with pytest.raises(ValueError, match=r"must be a submodule of Sentence, got a Embedding that is none"):
         SmartLoss(build(), embedding=nn.Embedding(2, 2))
+
+
+def test_the_model_itself_is_no_embedding() -> None:
+    """Its output would be perturbed, which is a penalty of nothing."""
+    model = build()
+    with pytest.raises(ValueError, match=r"must be a submodule of Sentence, got a Sentence that is none"):
+        SmartLoss(model, embedding=model)
+    with pytest.raises(ValueError, match=r"must name a submodule of Sentence, got ''.*are: embedding"):
+        SmartLoss(model, embedding="")
+
+
+def test_a_class_that_takes_the_method_back() -> None:
+    class Without(Silent):
+        get_input_embeddings = None  # type: ignore[assignment]
+
+    with pytest.raises(ValueError, match=r"Without does not tell its input embedding: pass embedding="):
+        SmartLoss(Without())
 
 
 @pytest.mark.parametrize("forward", [None, IDS, "m(ids)"])

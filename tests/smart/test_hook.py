@@ -7,7 +7,6 @@ import io
 import pickle
 import subprocess
 import sys
-from collections import UserList
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,19 @@ def test_one_hook_for_all_owners_which_goes_with_the_last() -> None:
     assert hooks(model) == []
 
 
+def test_copies_of_copies_do_not_gather_hooks() -> None:
+    model = build()
+    for _ in range(3):
+        smart = SmartLoss(model)
+        model = copy.deepcopy(model)
+        assert len(hooks(model)) == 1
+    smart = SmartLoss(model)
+    assert len(hooks(model)) == 1
+    assert smart(lambda m: m(IDS)).penalty.item() > 0
+    smart.remove()
+    assert hooks(model) == []
+
+
 def test_remove() -> None:
     model = build()
     first, second = SmartLoss(model), SmartLoss(model)
@@ -69,7 +81,7 @@ def test_remove() -> None:
 
 
 def test_hooks_of_others_stay() -> None:
-    model, seen = build(), UserList()  # no list: what a hook writes to one is as after the clean pass
+    model, seen = build(), []
     model.embedding.register_forward_hook(lambda *_: seen.append("theirs"))
     smart = SmartLoss(model, steps=0)
     smart(lambda m: m(IDS))

@@ -1,7 +1,6 @@
 """What else a call touches: look-ups that follow the output, the user's hooks, interruptions wherever they come."""
 
 import sys
-from collections import UserList
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -78,7 +77,7 @@ def test_a_look_up_that_follows_the_output_is_its_own(dropout: Any, memory_effic
 def test_ids_that_forward_computes_anew_still_share_the_look_up() -> None:
     model = build()
     smart = SmartLoss(model)
-    seen: UserList[Tensor] = UserList()
+    seen: list[Tensor] = []
     smart(lambda m: m(IDS))
     model.embedding.weight.register_hook(lambda gradient: seen.append(gradient))
     for forward in (lambda m: m(IDS), lambda m: m(IDS.clone()), lambda m: m(IDS + 0)):
@@ -134,7 +133,7 @@ def test_features_that_hooks_collect_are_those_of_the_clean_pass(memory_efficien
 )  # the embedding has no input with a graph
 def test_backward_hooks_of_modules_run_in_the_users_backward_alone(start: Any, memory_efficient: bool) -> None:
     model = build()
-    fired: UserList[str] = UserList()
+    fired: list[str] = []
     handles = [
         model.hidden.register_full_backward_hook(lambda *_: fired.append("full")),
         model.hidden.register_full_backward_pre_hook(lambda *_: fired.append("pre")),

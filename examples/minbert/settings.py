@@ -39,9 +39,12 @@ class Bound(NamedTuple):
     holds: Callable[[float], bool]
 
 
+LARGEST_WHOLE = (1 << 31) - 1
+
+
 def whole(least: int) -> Bound:
     """A whole number from `least` on; what does not fit 32 bits is taken for a mistake."""
-    return Bound(f"a whole number of at least {least}", lambda value: least <= value < 1 << 31)
+    return Bound(f"a whole number from {least} to {LARGEST_WHOLE}", lambda value: least <= value <= LARGEST_WHOLE)
 
 
 POSITIVE = Bound("a number above 0", lambda value: value > 0 and math.isfinite(value))

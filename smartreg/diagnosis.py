@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smartreg._ascent.adversary import Adversary, Query
+from smartreg._ascent.looks import all_finite
 from smartreg._ascent.settings import LARGEST
 from smartreg._ascent.start import noise_start
 from smartreg._ascent.sweep import Row, Sweep, ratio
@@ -108,7 +109,7 @@ def diagnose(
 
     Raises:
         TypeError, ValueError: As `SmartLoss`; an ε is not above 0, or there is none.
-        RuntimeError: As `SmartLoss`; under `torch.inference_mode`.
+        RuntimeError: As `SmartLoss`; under `torch.inference_mode`; the clean output is not finite.
 
     Examples:
         >>> import torch
@@ -214,6 +215,11 @@ def _swept_batch(smart: SmartLoss, forward: Forward, query: Query) -> Sweep:
     """The clean pass of a sweep, and what the passes around it need."""
     passes = ModelPasses(smart.model, smart._attached(), forward, smart.output_to_logits, shared_dropout=True)
     clean = passes.reference()
+    if not all_finite(clean.compared):
+        raise RuntimeError(
+            "diagnose needs a model whose output is finite, got NaN or inf in the clean pass: the weights or the batch "
+            "hold them. Go back to a sound checkpoint"
+        )
     adversary = Adversary(smart.settings, smart.generator, replace(smart._looks, precision=None))
     objective, balls, start = adversary.begin(passes, clean, query)
     noise = start if smart.settings.start == "noise" else noise_start(balls, None, smart.generator)

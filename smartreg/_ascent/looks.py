@@ -178,9 +178,13 @@ def _all_bad(found: Found, autocast: torch.dtype | None) -> bool:
     return torch.float16 not in (embedded.dtype, autocast) and found_none
 
 
+def all_finite(clean: Sequence[Tensor]) -> bool:
+    """Whether the outputs are numbers; −∞ is one, the logit of an absent class."""
+    return all(bool(((tensor < torch.inf) | tensor.isneginf()).all()) for tensor in clean)
+
+
 def _broken(value: float, clean: Sequence[Tensor]) -> str:
-    finite = torch.stack([((tensor < torch.inf) | tensor.isneginf()).all().cpu() for tensor in clean]).all()
-    if finite:
+    if all_finite(clean):
         return (
             f"the penalty is {value}, and the clean output is finite: the perturbed pass overflows, the divergence is "
             f"infinite, or a given noise is not finite. Use smaller values of epsilon, or a bounded divergence, as "

@@ -213,6 +213,14 @@ def test_swept_arguments_cannot_be_given() -> None:
         run(models.build(), step_size=0.1)
 
 
+def test_a_model_that_has_come_apart_is_refused() -> None:
+    model = models.build()
+    with torch.no_grad():
+        model.words.weight[:] = float("nan")
+    with pytest.raises(RuntimeError, match=r"needs a model whose output is finite, got NaN or inf in the clean pass"):
+        run(model)
+
+
 def test_inference_mode_is_refused() -> None:
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode forbids: use torch\.no_grad"):
         run(models.build())

@@ -1,11 +1,13 @@
 """The numbers of the results page are those of the tables that the committed records make."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from minbert.settings import Settings
+from minbert.study.record import JOINT, RESULTS
 from minbert.study.tables import REFERENCE
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -145,6 +147,19 @@ def test_the_summary_is_the_default_weight_of_the_tables(task: str, stage: str) 
     for own, other in zip(found, [metric[1:4], nll[1:4], scaled[1:4], cost], strict=True):
         assert own == pytest.approx(other, abs=0.00056)
     assert int(row[-1]) == seeds
+
+
+@pytest.mark.skipif(not (RESULTS / JOINT).exists(), reason="the records are in the repository, not in the sdist")
+def test_the_five_configurations_are_those_of_the_committed_study() -> None:
+    runs = json.loads((RESULTS / JOINT).read_text("utf-8"))["runs"]
+    page = (DOCS / "results.md").read_text("utf-8")
+    rows = [cells(line) for line in page.splitlines() if line.startswith(("| pretrain |", "| finetune |"))]
+    assert sorted((mode, config) for mode, config, *_ in rows) == sorted((run["mode"], run["config"]) for run in runs)
+    for mode, config, *found in rows:
+        (run,) = [run for run in runs if (run["mode"], run["config"]) == (mode, config)]
+        sst, para, sts = (run["dev"][task] for task in ("sst", "para", "sts"))
+        wanted = [sst["accuracy"], sst["nll"], run["gap"]["sst"], para["accuracy"], para["nll"], sts["pearson"]]
+        assert list(map(float, found)) == pytest.approx(wanted, abs=0.00056)
 
 
 @pytest.mark.parametrize("title", SECTIONS)

@@ -88,7 +88,7 @@ def bars(configs: dict[str, dict[str, Cell]], title: str, file: Path) -> None:
     for i, task in enumerate(tasks):
         cells = [cells[task] for cells in configs.values()]
         places = [k + (i - (len(tasks) - 1) / 2) * width for k in range(len(configs))]
-        spread = [cell.std or 0.0 for cell in cells]
+        spread = None if any(cell.std is None for cell in cells) else [cell.std for cell in cells]
         label = f"{task} {TASKS[task].metric}"
         axes.bar(places, [cell.mean for cell in cells], width, yerr=spread, color=COLOURS[task], label=label, capsize=2)
     means = [sum(cell.mean for cell in cells.values()) / len(cells) for cells in configs.values()]
@@ -98,7 +98,7 @@ def bars(configs: dict[str, dict[str, Cell]], title: str, file: Path) -> None:
     axes.set_xticks(range(len(configs)), list(configs))
     axes.set(ylabel="dev metric", title=title)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=len(tasks) + 1)
     save_figure(figure, file)
 
 
@@ -107,12 +107,13 @@ def accuracy_by_epoch(histories: list[list[dict[str, Any]]], title: str, file: P
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     epochs = [line["epoch"] for line in histories[0]]
+    seeds = f"mean of {len(histories)} seeds" if len(histories) > 1 else "one seed"
     for part, style in (("train", "--"), ("dev", "-")):
         curves = [[line[part]["sst"]["accuracy"] for line in history] for history in histories]
         for curve in curves:
             axes.plot(epochs, curve, style, color=COLOURS["sst"], alpha=0.3, linewidth=1)
         mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-        axes.plot(epochs, mean, style, marker="o", color=COLOURS["sst"], label=f"{part}, mean of {len(curves)} seeds")
+        axes.plot(epochs, mean, style, marker="o", color=COLOURS["sst"], label=f"{part}, {seeds}")
     axes.set_xticks(epochs)
     axes.set(xlabel="epoch", ylabel="sentiment accuracy", title=title)
     axes.grid(alpha=0.3)

@@ -47,6 +47,7 @@ SECTIONS = {
     "A third of the default weight": "weaker-sts",
     "Paraphrase, 1,024 pairs": "size-para-1024",
     "The point of accuracy, made again": "again-para-1024",
+    "Two plain runs, averaged": "two-para-1024",
     "Sentiment, 1,024 sentences": "size-sst-1024",
     "Larger weights on 1,024 sentences": "weights-sst-1024",
     "Paraphrase, 64 pairs": "size-para-64",

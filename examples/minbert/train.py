@@ -68,7 +68,7 @@ class Trainer:
         torch.manual_seed(settings.seed * 4096 + place.rank)
         self.wrapped = distributed.wrap(distributed.compiled(model) if settings.compile else model, place)
         self.total_steps = self._total_steps()
-        updates = max(1, self.total_steps // settings.inner_steps)  # of the teacher, which may have none in a short run
+        updates = max(1, self.total_steps // settings.inner_steps)  # of the teacher: β must be one of a run
         self.objective = Objective(self.wrapped, model, settings, updates, self.extras.loss)
         self.optimizer = make_optimizer(model, settings)
         self.schedule = make_schedule(settings.lr_schedule, self.optimizer, self.total_steps)

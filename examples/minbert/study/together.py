@@ -1,6 +1,7 @@
 """Two runs on the same rows whose predictions are averaged: what the cost of SMART buys without it."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -59,7 +60,7 @@ class Together(MultitaskModel):
         """
         raise TypeError("get_input_embeddings: expected one model, got two that answer together, each with its own")
 
-    def forward(self, task: str, sentences: list[Tensor], masks: list[Tensor]) -> Tensor:
+    def forward(self, task: str, sentences: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
         """The outputs that say what the members' say on average, in the shape of theirs."""
         return mean_prediction(TASKS[task], torch.stack([model(task, sentences, masks) for model in self.members]))
 

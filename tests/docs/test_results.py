@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from minbert.settings import Settings
+from minbert.study.matched import REFERENCE
 from minbert.study.record import JOINT, RESULTS
-from minbert.study.tables import REFERENCE
 
 DOCS = Path(__file__).parents[2] / "docs"
 NUMBER = re.compile(r"[+-]?\d+\.\d+")

@@ -24,7 +24,7 @@ from minbert.data import read_split
 from minbert.distributed import Place
 from minbert.files import write_json, write_text
 from minbert.progress import hidden
-from minbert.study import arms_cli, figures, stages, tables, workers
+from minbert.study import arms_cli, figures, matched, stages, tables, workers
 from minbert.study import trial as trial_module
 from minbert.study.arms import choice_of
 from minbert.study.bootstrap import Difference
@@ -547,11 +547,11 @@ def test_two_runs_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_half_made_stages_are_paired_by_what_all_arms_have(tmp_path: Path) -> None:
     fill(tmp_path, ESTIMATE, {})
     records = [record for record in read(tmp_path) if record["name"] != "smart.0.seed1"]
-    by_arm, seeds = tables.paired(ESTIMATE, records)
+    by_arm, seeds = matched.paired(ESTIMATE, records)
     assert seeds == [0, 2]
     assert [[run["seed"] for run in runs] for runs in by_arm.values()] == [[0, 2], [0, 2]]
     with pytest.raises(InputError, match="expected two seeds or more with all arms"):
-        tables.paired(ESTIMATE, [record for record in records if record["seed"] != 2])
+        matched.paired(ESTIMATE, [record for record in records if record["seed"] != 2])
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from ..tasks import TASKS
 from . import summary
 from .arms import CAUSES
 from .bootstrap import Difference, difference
+from .matched import REFERENCE, complete, matrix, measures, paired
 from .record import Record, read, read_joint
 from .stages import SIZES, STAGES
-from .tables import REFERENCE, complete, matrix, measures, paired
 
 
 def make(results: Path, folder: Path) -> list[Path]:

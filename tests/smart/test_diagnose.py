@@ -221,6 +221,26 @@ def test_a_model_that_has_come_apart_is_refused() -> None:
         run(model)
 
 
+def test_an_absent_class_is_no_sign_of_a_model_that_came_apart() -> None:
+    """Its logit is −∞ by design, in the clean pass and in every other."""
+    absent = torch.tensor([0.0, 0.0, -torch.inf])
+    options = {"epsilons": [0.1], "reference_steps": 0, "start": "towards_uniform"}
+    model = models.build()
+    found = diagnose(model, lambda m: m(IDS)[..., :3] + absent, **options)
+    assert found.penalty[0] > 0
+
+
+def test_autocast_is_switched_off_for_steps_alone() -> None:
+    """Without a step there is nothing of the search that would run without it, so that nothing looks more exact."""
+    found = {}
+    for steps in (0, 1):
+        with torch.autocast("cpu", torch.bfloat16):
+            options = {"epsilons": [0.01], "start": "towards_uniform", "steps": steps}
+            found[steps] = [run(models.build(), ascent_autocast=on, **options).direction_cosine for on in (True, False)]
+    assert found[0][0] == found[0][1]
+    assert found[1][0] < found[1][1]
+
+
 def test_inference_mode_is_refused() -> None:
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode forbids: use torch\.no_grad"):
         run(models.build())

@@ -337,3 +337,16 @@ def test_wrong_cotangents() -> None:
         smart(lambda m: m(IDS), noise=[drawn(), drawn()])
     with pytest.raises(TypeError, match="noise must be a tensor for each tensor to compare, got float"):
         smart(lambda m: m(IDS), noise=[0.1])
+
+
+@pytest.mark.parametrize("start", ["gradient", "towards_uniform"])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_ball_of_radius_zero_has_no_start_to_draw(start: Any, steps: int) -> None:
+    """Whether steps follow or not; u is for the outputs there too."""
+    model = build()
+    smart = SmartLoss(model, epsilon=0.0, steps=steps, start=start, divergence="mse", check_first_call=False)
+    before = torch.get_rng_state()
+    assert smart(lambda m: m(IDS)).penalty.item() == 0.0
+    assert torch.equal(torch.get_rng_state(), before)
+    if start == "gradient":
+        assert smart(lambda m: m(IDS), noise=drawn()).penalty.item() == 0.0

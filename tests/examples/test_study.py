@@ -12,6 +12,7 @@ from scipy.stats import pearsonr
 from minbert import InputError
 from minbert.cli import build_parser
 from minbert.study import cli as study
+from minbert.study import summary
 from minbert.study.runs import Run, command, execute
 from minbert.study.statistics import compare, metric
 from minbert.tasks import TASKS
@@ -232,3 +233,27 @@ def test_intervals() -> None:
     assert single.std is None
     assert single.interval is not None
     assert (single.interval[1] - single.interval[0]) / 2 == pytest.approx(0.0563, rel=0.15)
+
+
+def test_what_is_kept_of_a_run_has_no_path(finished: list[str]) -> None:
+    """Of a fine-tuning run of a study of both modes, on data of the user's own."""
+    metrics = json.loads((Path(finished[1]) / "runs" / "finetune-vanilla-seed0" / "metrics.json").read_text())
+    paths = {name: f"/home/somebody/{name}" for name in ("init_from", "data_dir", "encoder")}
+    kept = study._kept(metrics | {"settings": metrics["settings"] | paths})
+    assert "somebody" not in json.dumps(kept)
+    assert kept["settings"]["seed"] == 0
+
+
+def test_the_figure_by_epoch_is_of_t_smart_in_the_last_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[object] = []
+    monkeypatch.setattr(summary, "bars", lambda *_: None)
+    monkeypatch.setattr(summary, "accuracy_by_epoch", lambda histories, title, file: drawn.append((histories, title)))
+    cell = {"mean": 0.5, "std": None, "seeds": 1, "difference": None, "interval": None}
+    cells = {config: {"sst": cell} for config in ("vanilla", "t-smart")}
+    runs = [
+        {"mode": mode, "config": config, "epochs": [mode, config]}
+        for mode in ("pretrain", "finetune")
+        for config in ("vanilla", "t-smart")
+    ]
+    summary.figures({"runs": runs, "summary": {"pretrain": cells, "finetune": cells}}, tmp_path)
+    assert drawn == [([["finetune", "t-smart"]], "t-smart, finetune: sentiment by epoch")]
